@@ -1,0 +1,134 @@
+// The three loops that cost: convolution along a row, and the weight gradient along a row, over one vector of
+// channels. Needs a vec_*.h before it.
+//
+// A row is [width + K - 1][lanes] of accumulators: W with its halo, zero outside the image. A tile of outputs is kept
+// in registers along W, so that each loaded pixel serves up to K taps.
+#pragma once
+
+#include <cstdint>
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+// accumulator[t] += sum_k x[t + k] * weight[k]
+template <int kTaps, int kTile, typename V>
+inline void add_taps(V (&accumulator)[kTile], const typename V::Scalar* x, const typename V::Scalar* weight,
+                     std::ptrdiff_t weight_step) {
+  V w[kTaps];
+#pragma GCC unroll 16
+  for (int k = 0; k < kTaps; ++k) w[k] = load(weight + k * weight_step);
+#pragma GCC unroll 32
+  for (int i = 0; i < kTile + kTaps - 1; ++i) {
+    const V pixel = load(x + i * V::kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < kTaps; ++k) {
+      const int t = i - k;
+      if (t >= 0 && t < kTile) accumulator[t] = fma(pixel, w[k], accumulator[t]);
+    }
+  }
+}
+
+// gradient[k] += sum_t dy[t] * x[t + k]
+template <int kTaps, int kTile, typename V>
+inline void add_tap_gradients(V (&gradient)[kTaps], const typename V::Scalar* dy, const typename V::Scalar* x) {
+  V g[kTile];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) g[t] = load(dy + t * V::kLanes);
+#pragma GCC unroll 32
+  for (int i = 0; i < kTile + kTaps - 1; ++i) {
+    const V pixel = load(x + i * V::kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < kTaps; ++k) {
+      const int t = i - k;
+      if (t >= 0 && t < kTile) gradient[k] = fma(pixel, g[t], gradient[k]);
+    }
+  }
+}
+
+// The rows kh0 <= kh < kh1 of the filter lie inside the image.
+template <typename V>
+struct FilterRows {
+  const typename V::Scalar* const* x;    // [K] rows, at the left end of the halo
+  const typename V::Scalar* weight;      // [K][K][lanes]
+  std::ptrdiff_t row_step, tap_step;     // through weight; negative for the transposed convolution
+  int kh0, kh1, K;
+};
+
+// out[0 .. kTile) = bias + sum_{kh,kw} x * weight. kFilter: K where it is known, else 0.
+template <int kFilter, int kTile, typename V>
+inline void conv_tile(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out) {
+  V accumulator[kTile];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) accumulator[t] = bias;
+  for (int kh = rows.kh0; kh < rows.kh1; ++kh) {
+    const typename V::Scalar* x = rows.x[kh] + w * V::kLanes;
+    const typename V::Scalar* weight = rows.weight + kh * rows.row_step;
+    if constexpr (kFilter != 0) {
+      add_taps<kFilter>(accumulator, x, weight, rows.tap_step);
+    } else {  // row by row: shorter sums, smaller error
+      V row[kTile];
+#pragma GCC unroll 16
+      for (int t = 0; t < kTile; ++t) row[t] = broadcast(static_cast<typename V::Scalar>(0));
+      int kw = 0;
+      for (; kw + 7 <= rows.K; kw += 7) {
+        add_taps<7>(row, x + kw * V::kLanes, weight + kw * rows.tap_step, rows.tap_step);
+      }
+      for (; kw < rows.K; ++kw) add_taps<1>(row, x + kw * V::kLanes, weight + kw * rows.tap_step, rows.tap_step);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTile; ++t) accumulator[t] = accumulator[t] + row[t];
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) store(out + (w + t) * V::kLanes, accumulator[t]);
+}
+
+template <int kFilter, typename V>
+void conv_row(const FilterRows<V>& rows, std::int64_t width, V bias, typename V::Scalar* out) {
+  std::int64_t w = 0;
+  for (; w + V::kTileW <= width; w += V::kTileW) conv_tile<kFilter, V::kTileW>(rows, w, bias, out);
+  if constexpr (V::kTileW > 7) {
+    for (; w + 7 <= width; w += 7) conv_tile<kFilter, 7>(rows, w, bias, out);
+  }
+  for (; w + 4 <= width; w += 4) conv_tile<kFilter, 4>(rows, w, bias, out);
+  for (; w < width; ++w) conv_tile<kFilter, 1>(rows, w, bias, out);
+}
+
+template <int kTaps, typename V>
+inline void tap_gradient_row(const typename V::Scalar* dy, const typename V::Scalar* x, std::int64_t width,
+                             typename V::Scalar* partial) {
+  V gradient[kTaps];
+#pragma GCC unroll 16
+  for (int k = 0; k < kTaps; ++k) gradient[k] = broadcast(static_cast<typename V::Scalar>(0));
+  std::int64_t w = 0;
+  for (; w + 7 <= width; w += 7) add_tap_gradients<kTaps, 7>(gradient, dy + w * V::kLanes, x + w * V::kLanes);
+  for (; w < width; ++w) add_tap_gradients<kTaps, 1>(gradient, dy + w * V::kLanes, x + w * V::kLanes);
+#pragma GCC unroll 16
+  for (int k = 0; k < kTaps; ++k) store(partial + k * V::kLanes, load(partial + k * V::kLanes) + gradient[k]);
+}
+
+// partial[kh][kw] += sum_w dy[w] * x[kh][w + kw]; partial[K * K] += sum_w dy[w]
+template <int kFilter, typename V>
+void weight_gradient_row(const FilterRows<V>& rows, const typename V::Scalar* dy, std::int64_t width,
+                         typename V::Scalar* partial) {
+  for (int kh = rows.kh0; kh < rows.kh1; ++kh) {
+    typename V::Scalar* row = partial + kh * rows.K * V::kLanes;
+    if constexpr (kFilter != 0) {
+      tap_gradient_row<kFilter, V>(dy, rows.x[kh], width, row);
+    } else {
+      int kw = 0;
+      for (; kw + 7 <= rows.K; kw += 7) {
+        tap_gradient_row<7, V>(dy, rows.x[kh] + kw * V::kLanes, width, row + kw * V::kLanes);
+      }
+      for (; kw < rows.K; ++kw) {
+        tap_gradient_row<1, V>(dy, rows.x[kh] + kw * V::kLanes, width, row + kw * V::kLanes);
+      }
+    }
+  }
+  V sum = broadcast(static_cast<typename V::Scalar>(0));
+  for (std::int64_t w = 0; w < width; ++w) sum = sum + load(dy + w * V::kLanes);
+  typename V::Scalar* bias = partial + rows.K * rows.K * V::kLanes;
+  store(bias, load(bias) + sum);
+}
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu

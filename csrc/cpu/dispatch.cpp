@@ -1,0 +1,292 @@
+// Which instruction set runs, how the work is cut into tasks, and the second stage of the weight gradient.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "convert.h"
+#include "gated_dwconv_cpu.h"
+#include "kernels.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+constexpr std::int64_t kAlignment = 64;
+// Pixels of a row in one task, and rows of one task of the backward. They fix the order of the sums of the weight
+// gradient, so they depend on nothing but the image: the gradient is the same at every thread count.
+constexpr std::int64_t kMaxWidth = 64, kBackwardRows = 14;
+constexpr std::int64_t kMaxForwardRows = 28, kMinForwardRows = 7;
+// The window of one task stays in L2 beside the rows that pass through.
+constexpr std::int64_t kWindowBytes = 224 * 1024;
+// Below this size of u, the caches hold what the tasks read, and prefetching costs 5% (benchmarks/NOTES.md).
+constexpr std::int64_t kPrefetchBytes = 6 * 1024 * 1024;
+constexpr int kTasksPerThread = 4;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t align(std::int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+char* align(void* p) {
+  return reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(p) + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+const Kernels* kernels_of(Isa isa, DType dtype) {
+  switch (isa) {
+#ifdef MAMBAOUT_X86
+    case Isa::kAvx512: return kernels_avx512(dtype);
+    case Isa::kAvx2: return kernels_avx2(dtype);
+#endif
+    default: return kernels_portable(dtype);
+  }
+}
+Isa best_isa() {
+  return supported(Isa::kAvx512) ? Isa::kAvx512 : supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kPortable;
+}
+std::atomic<Isa> g_isa{best_isa()};
+
+const Kernels& current_kernels(DType dtype) {
+  const Kernels* kernels = kernels_of(current_isa(), dtype);
+  return kernels != nullptr ? *kernels : *kernels_portable(dtype);
+}
+
+// [0, count) in `parts` parts whose sizes differ by one at most.
+std::int64_t part_begin(std::int64_t count, std::int64_t parts, std::int64_t i) { return count * i / parts; }
+
+// The cut of an op into tasks: images x strips of rows x columns x groups of channels.
+struct Plan {
+  const GatedDwconvShape& shape;
+  const Kernels& kernels;
+  std::int64_t strips, columns, groups;
+  std::int64_t vectors;        // of conv channels
+  std::int64_t group_vectors;  // the most in one group
+  std::int64_t width;          // the most in one column
+  std::int64_t window_elements;
+  bool prefetch;
+
+  std::int64_t rectangles() const { return shape.N * strips * columns; }
+  std::int64_t tasks() const { return rectangles() * groups; }
+
+  Block block(std::int64_t task) const {
+    const std::int64_t group = task % groups, column = task / groups % columns;
+    const std::int64_t strip = task / groups / columns % strips, n = task / groups / columns / strips;
+    const std::int64_t L = kernels.lanes, identity = shape.D - shape.C, steps = ceil_div(identity, L);
+    Block b;
+    b.n = n;
+    b.h0 = part_begin(shape.H, strips, strip);
+    b.h1 = part_begin(shape.H, strips, strip + 1);
+    b.w0 = part_begin(shape.W, columns, column);
+    b.w1 = part_begin(shape.W, columns, column + 1);
+    b.conv0 = std::min(shape.C, part_begin(vectors, groups, group) * L);
+    b.conv1 = std::min(shape.C, part_begin(vectors, groups, group + 1) * L);
+    b.identity0 = std::min(identity, part_begin(steps, groups, group) * L);
+    b.identity1 = std::min(identity, part_begin(steps, groups, group + 1) * L);
+    return b;
+  }
+};
+
+Plan make_plan(const GatedDwconvShape& shape, bool forward, int num_threads) {
+  const Kernels& kernels = current_kernels(shape.dtype);
+  Plan plan{shape, kernels, 1, 1, 1, 0, 0, 0, 0, false};
+  const auto window_elements = forward ? forward_window_elements : backward_window_elements;
+  const std::int64_t wanted_tasks = num_threads == 1 ? 1 : std::int64_t{kTasksPerThread} * num_threads;
+  plan.vectors = ceil_div(shape.C, kernels.lanes);
+  if (shape.N * shape.H * shape.W == 0) {
+    plan.strips = 0;
+    return plan;
+  }
+  plan.columns = ceil_div(shape.W, kMaxWidth);
+  plan.width = ceil_div(shape.W, plan.columns);
+  plan.strips = ceil_div(shape.H, forward ? kMaxForwardRows : kBackwardRows);
+
+  const std::int64_t bytes = window_elements(plan.width, 1, shape.K, kernels.lanes) * kernels.accumulator_bytes;
+  const std::int64_t fitting = std::max<std::int64_t>(1, kWindowBytes / bytes);
+  plan.groups = std::max<std::int64_t>(1, ceil_div(plan.vectors, fitting));
+  if (forward) {
+    while (plan.tasks() < wanted_tasks && ceil_div(shape.H, plan.strips * 2) >= kMinForwardRows) plan.strips *= 2;
+  }
+  while (plan.tasks() < wanted_tasks && plan.groups * 2 <= plan.vectors) plan.groups *= 2;
+  plan.group_vectors = ceil_div(plan.vectors, plan.groups);
+  plan.prefetch = shape.N * shape.H * shape.W * 2 * shape.D * element_bytes(shape.dtype) > kPrefetchBytes;
+  plan.window_elements = window_elements(plan.width, plan.group_vectors, shape.K, kernels.lanes);
+  return plan;
+}
+
+// The workspace, cut up.
+struct Workspace {
+  std::int64_t weight, bias, windows, window_bytes, partials, partial_bytes, total;
+};
+Workspace lay_out(const Plan& plan, bool forward, int num_threads) {
+  const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K, bytes = plan.kernels.accumulator_bytes;
+  const std::int64_t vector_bytes = plan.kernels.lanes * bytes;
+  Workspace at;
+  at.weight = 0;
+  at.bias = at.weight + align(plan.vectors * taps * vector_bytes);
+  at.windows = at.bias + align(plan.vectors * vector_bytes);
+  at.window_bytes = align(plan.window_elements * bytes);
+  if (!forward) at.window_bytes = std::max(at.window_bytes, align((taps + 1) * plan.kernels.lanes * 8));
+  at.partials = at.windows + at.window_bytes * num_threads;
+  at.partial_bytes = forward ? 0 : align(plan.vectors * (taps + 1) * vector_bytes);
+  at.total = at.partials + at.partial_bytes * plan.rectangles() + kAlignment;
+  return at;
+}
+
+// Runs body(slot, task) for every task. A slot belongs to one thread at a time; which tasks it gets is left to chance.
+template <typename Body>
+void run_tasks(std::int64_t tasks, int num_threads, ParallelFor parallel_for, const Body& body) {
+  if (tasks == 0) return;
+  const std::int64_t slots = std::min<std::int64_t>(num_threads, tasks);
+  if (slots == 1) {
+    for (std::int64_t task = 0; task < tasks; ++task) body(0, task);
+    return;
+  }
+  struct Context {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t tasks;
+    const Body& body;
+  } context{{0}, tasks, body};
+  parallel_for(
+      slots,
+      [](void* opaque, std::int64_t begin, std::int64_t end) {
+        auto& c = *static_cast<Context*>(opaque);
+        for (std::int64_t slot = begin; slot < end; ++slot) {
+          for (std::int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.tasks;) c.body(slot, task);
+        }
+      },
+      &context);
+}
+
+// weight (C, K, K) -> [vectors][K * K][lanes]; lanes beyond C are zero.
+template <typename Accumulator>
+void pack(const Plan& plan, const void* weight, const void* bias, void* packed_weight, void* packed_bias) {
+  const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K, L = plan.kernels.lanes;
+  auto* w = static_cast<Accumulator*>(packed_weight);
+  auto* b = static_cast<Accumulator*>(packed_bias);
+  with_element_type(plan.shape.weight_dtype, [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(weight);
+    for (std::int64_t c = 0; c < plan.vectors * L; ++c) {
+      Accumulator* to = w + (c / L * taps) * L + c % L;
+      if (c < plan.shape.C) {
+        for (std::int64_t k = 0; k < taps; ++k) to[k * L] = static_cast<Accumulator>(widen(from[c * taps + k]));
+      } else {
+        for (std::int64_t k = 0; k < taps; ++k) to[k * L] = 0;
+      }
+    }
+  });
+  with_element_type(plan.shape.bias_dtype, [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(bias);
+    for (std::int64_t c = 0; c < plan.vectors * L; ++c) {
+      b[c] = c < plan.shape.C ? static_cast<Accumulator>(widen(from[c])) : 0;
+    }
+  });
+}
+void pack(const Plan& plan, const void* weight, const void* bias, void* packed_weight, void* packed_bias) {
+  if (plan.kernels.accumulator_bytes == 8) {
+    pack<double>(plan, weight, bias, packed_weight, packed_bias);
+  } else {
+    pack<float>(plan, weight, bias, packed_weight, packed_bias);
+  }
+}
+
+// dweight and dbias of one vector of channels: the partial sums of all rectangles, added in order, in fp64.
+template <typename Accumulator>
+void reduce(const Plan& plan, const GatedDwconvBackward& args, const char* partials, std::int64_t partial_bytes,
+            std::int64_t vector, double* sums) {
+  const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K, L = plan.kernels.lanes;
+  const std::int64_t count = (taps + 1) * L;
+  std::fill(sums, sums + count, 0.0);
+  for (std::int64_t r = 0; r < plan.rectangles(); ++r) {
+    const auto* partial = reinterpret_cast<const Accumulator*>(partials + r * partial_bytes) + vector * count;
+    for (std::int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(partial[i]);
+  }
+  const std::int64_t c0 = vector * L, c1 = std::min(plan.shape.C, c0 + L);
+  with_element_type(plan.shape.weight_dtype, [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(args.dweight);
+    for (std::int64_t c = c0; c < c1; ++c) {
+      for (std::int64_t k = 0; k < taps; ++k) narrow(static_cast<AccumulatorOf<decltype(element)>>(sums[k * L + c - c0]), to + c * taps + k);
+    }
+  });
+  with_element_type(plan.shape.bias_dtype, [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(args.dbias);
+    for (std::int64_t c = c0; c < c1; ++c) narrow(static_cast<AccumulatorOf<decltype(element)>>(sums[taps * L + c - c0]), to + c);
+  });
+}
+
+}  // namespace
+
+bool compiled(Isa isa) {
+#ifdef MAMBAOUT_X86
+  return isa == Isa::kPortable || isa == Isa::kAvx2 || isa == Isa::kAvx512;
+#else
+  return isa == Isa::kPortable;
+#endif
+}
+
+bool supported(Isa isa) {
+  if (!compiled(isa)) return false;
+#ifdef MAMBAOUT_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == Isa::kAvx2) return avx2;
+  if (isa == Isa::kAvx512) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return true;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kPortable: return "portable";
+  }
+  return "unknown";
+}
+
+Isa current_isa() { return g_isa.load(std::memory_order_relaxed); }
+
+bool set_isa(Isa isa) {
+  if (!supported(isa)) return false;
+  g_isa.store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+std::int64_t forward_workspace_bytes(const GatedDwconvShape& shape, int num_threads) {
+  return lay_out(make_plan(shape, true, num_threads), true, num_threads).total;
+}
+
+std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape, int num_threads) {
+  return lay_out(make_plan(shape, false, num_threads), false, num_threads).total;
+}
+
+void forward(const GatedDwconvForward& args, int num_threads, void* workspace, ParallelFor parallel_for) {
+  const Plan plan = make_plan(args.shape, true, num_threads);
+  const Workspace at = lay_out(plan, true, num_threads);
+  char* base = align(workspace);
+  pack(plan, args.weight, args.bias, base + at.weight, base + at.bias);
+  run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
+    plan.kernels.forward(
+        {&args, plan.block(task), base + at.weight, base + at.bias, base + at.windows + slot * at.window_bytes,
+                          plan.prefetch});
+  });
+}
+
+void backward(const GatedDwconvBackward& args, int num_threads, void* workspace, ParallelFor parallel_for) {
+  const Plan plan = make_plan(args.shape, false, num_threads);
+  const Workspace at = lay_out(plan, false, num_threads);
+  char* base = align(workspace);
+  pack(plan, args.weight, args.bias, base + at.weight, base + at.bias);
+  run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
+    char* partial = base + at.partials + task / plan.groups * at.partial_bytes;
+    plan.kernels.backward({&args, plan.block(task), base + at.weight, base + at.bias,
+                           base + at.windows + slot * at.window_bytes, plan.prefetch, partial});
+  });
+  run_tasks(plan.vectors, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t vector) {
+    auto* sums = reinterpret_cast<double*>(base + at.windows + slot * at.window_bytes);
+    if (plan.kernels.accumulator_bytes == 8) {
+      reduce<double>(plan, args, base + at.partials, at.partial_bytes, vector, sums);
+    } else {
+      reduce<float>(plan, args, base + at.partials, at.partial_bytes, vector, sums);
+    }
+  });
+}
+
+}  // namespace mambaout_kernels::cpu

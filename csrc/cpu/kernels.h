@@ -1,0 +1,54 @@
+// What one translation unit per instruction set offers to dispatch.cpp. Plain data; no template, no STL.
+#pragma once
+
+#include "../gated_dwconv.h"
+
+namespace mambaout_kernels::cpu {
+
+// One task: a rectangle of one image, some of the conv channels and some of the identity channels.
+struct Block {
+  std::int64_t n, h0, h1, w0, w1;
+  std::int64_t conv0, conv1;          // of 0 .. C; conv0 is a multiple of the lanes
+  std::int64_t identity0, identity1;  // of 0 .. D - C
+};
+
+struct ForwardTask {
+  const GatedDwconvForward* args;
+  Block block;
+  const void* weight;  // packed: [ceil(C / lanes)][K * K][lanes], accumulator type
+  const void* bias;    // packed: [ceil(C / lanes)][lanes]
+  void* window;        // forward_window_elements()
+  bool prefetch;       // the tensors are larger than the caches
+};
+
+struct BackwardTask {
+  const GatedDwconvBackward* args;
+  Block block;
+  const void* weight;
+  const void* bias;
+  void* window;   // backward_window_elements()
+  bool prefetch;
+  void* partial;  // [ceil(C / lanes)][K * K + 1][lanes]: this rectangle's share of dweight and dbias
+};
+
+struct Kernels {
+  int lanes;
+  int accumulator_bytes;  // 4: float, 8: double
+  void (*forward)(const ForwardTask&);
+  void (*backward)(const BackwardTask&);
+};
+
+// Accumulators that a task over a block `width` wide and `vectors` of conv channels deep keeps at hand: K rows of
+// the input with their halo (forward), the same of the convolution's gradient (backward), one row of results.
+inline std::int64_t forward_window_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
+  return vectors * lanes * (K * (width + K - 1) + width);
+}
+inline std::int64_t backward_window_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
+  return vectors * lanes * (2 * K * (width + K - 1) + width);
+}
+
+const Kernels* kernels_portable(DType dtype);
+const Kernels* kernels_avx2(DType dtype);    // null for fp64
+const Kernels* kernels_avx512(DType dtype);  // null for fp64
+
+}  // namespace mambaout_kernels::cpu

@@ -1,0 +1,37 @@
+// clang-format off
+#include "vec_avx512.h"
+#define MAMBAOUT_PIECES_16
+#include "activations.h"
+#include "conv_rows.h"
+// clang-format on
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+template <typename Element>
+struct VecOf {
+  using type = Vec;
+};
+template <Act act, typename V>
+using GateOf = Gate<act>;
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu
+
+#include "kernel_body.h"
+
+namespace mambaout_kernels::cpu {
+
+const Kernels* kernels_avx512(DType dtype) {
+  static constexpr Kernels kFloat32 = kernels_for<float>();
+  static constexpr Kernels kBFloat16 = kernels_for<BFloat16>();
+  static constexpr Kernels kFloat16 = kernels_for<Float16>();
+  switch (dtype) {
+    case DType::kFloat32: return &kFloat32;
+    case DType::kBFloat16: return &kBFloat16;
+    case DType::kFloat16: return &kFloat16;
+    default: return nullptr;
+  }
+}
+
+}  // namespace mambaout_kernels::cpu

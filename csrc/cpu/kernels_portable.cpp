@@ -1,0 +1,39 @@
+// clang-format off
+#include "vec_portable.h"
+#include "activations_f64.h"
+#include "conv_rows.h"
+// clang-format on
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+template <Act act, typename V>
+struct GateOf : Gate<act> {};
+template <Act act>
+struct GateOf<act, VecF64> {
+  static VecF64 value(VecF64 x) { return map_lanes(x, GateF64<act>::value); }
+  static VecF64 slope(VecF64 x) { return map_lanes(x, GateF64<act>::slope); }
+};
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu
+
+#include "kernel_body.h"
+
+namespace mambaout_kernels::cpu {
+
+const Kernels* kernels_portable(DType dtype) {
+  static constexpr Kernels kFloat32 = kernels_for<float>();
+  static constexpr Kernels kBFloat16 = kernels_for<BFloat16>();
+  static constexpr Kernels kFloat16 = kernels_for<Float16>();
+  static constexpr Kernels kFloat64 = kernels_for<double>();
+  switch (dtype) {
+    case DType::kFloat32: return &kFloat32;
+    case DType::kBFloat16: return &kBFloat16;
+    case DType::kFloat16: return &kFloat16;
+    case DType::kFloat64: return &kFloat64;
+  }
+  return nullptr;
+}
+
+}  // namespace mambaout_kernels::cpu

@@ -1,0 +1,94 @@
+// 8 fp32 lanes of AVX2 with FMA and F16C. Included by one translation unit only.
+#pragma once
+
+#include <immintrin.h>
+
+#include "element_types.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+struct Vec {
+  using Scalar = float;
+  static constexpr int kLanes = 8;
+  static constexpr int kTileW = 7;  // 7 accumulators, 7 weights, 1 pixel of 16 registers
+  __m256 v;
+};
+
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+// b where either is NaN.
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) {
+  return {_mm256_blendv_ps(otherwise.v, if_less.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+// An integer as fp32, and in the low bits of a lane. |x| < 2^22: the addition of 1.5 * 2^23 rounds to nearest even.
+struct Rounded {
+  Vec value;
+  __m256i index;
+};
+inline Rounded round(Vec x) {
+  const Vec magic = broadcast(12582912.0f), sum = x + magic;
+  return {sum - magic, _mm256_castps_si256(sum.v)};
+}
+
+// 2^n for n in [-127, 127]; 2^-127 gives 0.
+inline Vec power_of_two(Rounded n) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.index, _mm256_set1_epi32(127)), 23))};
+}
+
+// 8 pieces, one permutation per coefficient; it reads the low bits of the index only.
+inline Vec lookup(const float (&table)[8], __m256i index) { return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), index)}; }
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store_first(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
+
+inline Vec widen(__m128i bits, BFloat16) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline Vec widen(__m128i bits, Float16) { return {_mm256_cvtph_ps(bits)}; }
+inline __m128i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+inline __m128i narrow(Vec a, Float16) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+template <typename Half>
+inline Vec load(const Half* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Half{});
+}
+template <typename Half>
+inline Vec load_first(const Half* p, int n) {
+  alignas(16) Half lanes[8] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <typename Half>
+inline void store(Half* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a, Half{}));
+}
+template <typename Half>
+inline void store_first(Half* p, Vec a, int n) {
+  alignas(16) Half lanes[8];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu

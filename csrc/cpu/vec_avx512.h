@@ -1,0 +1,91 @@
+// 16 fp32 lanes of AVX-512 (F, BW, VL, DQ). Included by one translation unit only.
+#pragma once
+
+#include <immintrin.h>
+
+#include "element_types.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+struct Vec {
+  using Scalar = float;
+  static constexpr int kLanes = 16;
+  static constexpr int kTileW = 14;  // 14 accumulators, 7 weights, 1 pixel of 32 registers
+  __m512 v;
+};
+
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// b where either is NaN.
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) {
+  return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), if_less.v)};
+}
+// An integer as fp32, and in the low bits of a lane. |x| < 2^22: the addition of 1.5 * 2^23 rounds to nearest even.
+struct Rounded {
+  Vec value;
+  __m512i index;
+};
+inline Rounded round(Vec x) {
+  const Vec magic = broadcast(12582912.0f), sum = x + magic;
+  return {sum - magic, _mm512_castps_si512(sum.v)};
+}
+
+// 2^n for n in [-127, 127]; 2^-127 gives 0.
+inline Vec power_of_two(Rounded n) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.index, _mm512_set1_epi32(127)), 23))};
+}
+
+// 16 pieces, one permutation per coefficient; it reads the low bits of the index only.
+inline Vec lookup(const float (&table)[16], __m512i index) { return {_mm512_permutexvar_ps(index, _mm512_load_ps(table))}; }
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store_first(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+
+inline Vec widen(__m256i bits, BFloat16) {  // word i to the high half of lane i
+  const __m512i source = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_slli_epi32(source, 16), _mm512_castsi256_si512(bits)))};
+}
+inline Vec widen(__m256i bits, Float16) { return {_mm512_cvtph_ps(bits)}; }
+inline __m256i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
+  const __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), rounded, one);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  const __m512i high_words = _mm512_castsi256_si512(
+      _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words, rounded));
+}
+inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+template <typename Half>
+inline Vec load(const Half* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half{});
+}
+template <typename Half>
+inline Vec load_first(const Half* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), Half{});
+}
+template <typename Half>
+inline void store(Half* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, Half{}));
+}
+template <typename Half>
+inline void store_first(Half* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a, Half{}));
+}
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu

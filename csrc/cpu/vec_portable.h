@@ -1,0 +1,130 @@
+// 4 fp32 or 2 fp64 lanes of the compiler's own vectors: any processor. Included by one translation unit only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+template <typename ScalarType>
+struct Lanes {
+  using Scalar = ScalarType;
+  static constexpr int kLanes = 16 / sizeof(Scalar);
+  static constexpr int kTileW = 7;  // 7 accumulators, 7 weights, 1 pixel of 16 registers
+  typedef Scalar Vector __attribute__((vector_size(16)));
+  Vector v;
+};
+using Vec = Lanes<float>;
+using VecF64 = Lanes<double>;
+
+template <typename S, typename F>
+inline Lanes<S> map_lanes(Lanes<S> a, F function) {
+  for (int i = 0; i < Lanes<S>::kLanes; ++i) a.v[i] = function(a.v[i]);
+  return a;
+}
+
+template <typename S>
+inline Lanes<S> broadcast(S x) {
+  return {typename Lanes<S>::Vector{} + x};
+}
+template <typename S>
+inline Lanes<S> operator+(Lanes<S> a, Lanes<S> b) {
+  return {a.v + b.v};
+}
+template <typename S>
+inline Lanes<S> operator-(Lanes<S> a, Lanes<S> b) {
+  return {a.v - b.v};
+}
+template <typename S>
+inline Lanes<S> operator*(Lanes<S> a, Lanes<S> b) {
+  return {a.v * b.v};
+}
+template <typename S>
+inline Lanes<S> operator/(Lanes<S> a, Lanes<S> b) {
+  return {a.v / b.v};
+}
+template <typename S>
+inline Lanes<S> fma(Lanes<S> a, Lanes<S> b, Lanes<S> c) {
+  return {a.v * b.v + c.v};
+}
+template <typename S>
+inline Lanes<S> select_less(Lanes<S> a, Lanes<S> b, Lanes<S> if_less, Lanes<S> otherwise) {
+  return {a.v < b.v ? if_less.v : otherwise.v};
+}
+// b where either is NaN.
+template <typename S>
+inline Lanes<S> min(Lanes<S> a, Lanes<S> b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+template <typename S>
+inline Lanes<S> max(Lanes<S> a, Lanes<S> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+inline Vec abs(Vec a) {
+  return map_lanes(a, [](float x) { return __builtin_fabsf(x); });
+}
+
+typedef std::int32_t IntVector __attribute__((vector_size(16)));
+
+// An integer as fp32 and as an integer. |x| < 2^22: the addition of 1.5 * 2^23 rounds to nearest even.
+struct Rounded {
+  Vec value;
+  IntVector index;
+};
+inline Rounded round(Vec x) {
+  const Vec magic = broadcast(12582912.0f), value = (x + magic) - magic;
+  return {value, __builtin_convertvector(value.v, IntVector)};
+}
+// 2^n for n in [-127, 127]; 2^-127 gives 0.
+inline Vec power_of_two(Rounded n) {
+  const IntVector bits = (n.index + 127) << 23;
+  Vec result;
+  std::memcpy(&result.v, &bits, sizeof(bits));
+  return result;
+}
+inline Vec lookup(const float (&table)[8], IntVector index) {
+  Vec result;
+  for (int lane = 0; lane < Vec::kLanes; ++lane) result.v[lane] = table[index[lane] & 7];
+  return result;
+}
+
+// The vector type that computes on tensors of Element.
+template <typename Element>
+struct VecOf {
+  using type = Vec;
+};
+template <>
+struct VecOf<double> {
+  using type = VecF64;
+};
+
+template <typename Element>
+inline typename VecOf<Element>::type load_first(const Element* p, int n) {
+  typename VecOf<Element>::type result = {};
+  for (int i = 0; i < n; ++i) result.v[i] = widen(p[i]);
+  return result;
+}
+template <typename Element>
+inline typename VecOf<Element>::type load(const Element* p) {
+  return load_first(p, VecOf<Element>::type::kLanes);
+}
+template <typename Element, typename V>
+inline void store_first(Element* p, V a, int n) {
+  for (int i = 0; i < n; ++i) narrow(a.v[i], p + i);
+}
+template <typename Element, typename V>
+inline void store(Element* p, V a) {
+  store_first(p, a, V::kLanes);
+}
+inline Vec load(const float* p) {
+  Vec result;
+  std::memcpy(&result.v, p, sizeof(result.v));
+  return result;
+}
+inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu
