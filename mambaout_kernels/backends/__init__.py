@@ -1,0 +1,131 @@
+"""Which backend runs a call: the only place that knows what is available.
+
+A backend is a module with `unavailable`, `supports`, `gated_dwconv` and `gated_dwconv_backward`. It takes tensors with
+any strides, and refuses what is not valid (`mambaout_kernels.checks`) before it touches memory.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "MAMBAOUT_KERNELS_BACKEND"
+
+# In order of preference. On CUDA, Triton first: its tiles are chosen per architecture at run time; the CUDA C++
+# kernels, compiled for the architectures of the build, take what Triton is missing for.
+_CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
+class Backend(Protocol):
+    """What every backend module offers. `unavailable`: why it cannot be used here, or None."""
+
+    def unavailable(self) -> str | None: ...
+    def supports(self, u: Tensor, weight: Tensor) -> bool: ...
+    def gated_dwconv(self, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor: ...
+    def gated_dwconv_backward(
+        self, dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The backend module called `name`; ValueError for an unknown name."""
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    package = "mambaout_kernels" if name == "reference" else __name__
+    return cast(Backend, import_module(f"{package}.{name}"))
+
+
+def status() -> dict[str, str | None]:
+    """Every backend by name, with the reason why it cannot be used on this machine, or None where it can."""
+    return {name: load(name).unavailable() for name in NAMES}
+
+
+def _usable(name: str) -> str:
+    reason = load(name).unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
+    return name
+
+
+# Process-wide, not per thread: the backward of a forced forward may run on autograd's own threads.
+_forced: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+if _forced is not None and _forced not in NAMES:
+    raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {_forced!r}")
+
+
+def forced() -> str | None:
+    """The backend that `force` or the environment asks for, or None."""
+    return _forced
+
+
+@contextmanager
+def force(name: str) -> Iterator[None]:
+    """Run every call of the process on one backend inside the `with` block.
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot be used here.
+    """
+    global _forced
+    previous, _forced = _forced, _usable(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@functools.cache
+def _available(device_type: str) -> tuple[Backend, ...]:
+    return tuple(load(name) for name in _CANDIDATES.get(device_type, ()) if load(name).unavailable() is None)
+
+
+_default: dict[tuple[str, torch.dtype], Backend] = {}
+
+
+def select(u: Tensor, weight: Tensor) -> Backend:
+    """The backend for a call with this u (N, H, W, 2D) and weight.
+
+    The forced one, or the best available one that supports device and dtype, else the reference.
+    """
+    if _forced is not None:
+        return _select_forced(_forced, u, weight)
+    key = (u.device.type, u.dtype)
+    backend = _default.get(key)
+    if backend is None:
+        usable = (b for b in _available(key[0]) if b.supports(u, weight))
+        backend = _default[key] = next(usable, load("reference"))
+    return backend
+
+
+def _select_forced(name: str, u: Tensor, weight: Tensor) -> Backend:
+    backend = load(_usable(name))
+    if not backend.supports(u, weight):
+        raise RuntimeError(f"backend {name!r} does not support u of {u.dtype} on {u.device}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def _fused(device_type: str) -> bool:
+    """Whether any backend but the reference can be used on this type of device; one warning where one could be."""
+    if not _available(device_type) and device_type in _CANDIDATES:
+        reasons = "; ".join(f"{name}: {load(name).unavailable()}" for name in _CANDIDATES[device_type])
+        _warn_once(f"mambaout_kernels runs its PyTorch reference on {device_type} tensors ({reasons})")
+    return bool(_available(device_type))
+
+
+def uses_reference(device_type: str) -> bool:
+    """Whether calls on this type of device run as plain PyTorch: forced to, or for lack of anything faster."""
+    if _forced is not None:
+        return _forced == "reference"
+    return not _fused(device_type)

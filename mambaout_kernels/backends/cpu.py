@@ -1,0 +1,47 @@
+"""The compiled CPU kernels (csrc/cpu): AVX-512, AVX2 or portable, chosen when the module loads."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..reference import ACTIVATIONS
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_ACT_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+module: ModuleType | None
+try:
+    from .. import _C
+
+    module, _reason = _C, None
+    _forward = torch.ops.mambaout_kernels_native.gated_dwconv_cpu.default
+    _backward = torch.ops.mambaout_kernels_native.gated_dwconv_backward_cpu.default
+except ImportError as error:
+    module = None
+    _reason = (
+        f"the compiled module mambaout_kernels._C is not there ({error}); with a C++ compiler, "
+        "pip install cmake ninja pybind11 && pip install --no-build-isolation --force-reinstall --no-deps ."
+    )
+
+
+def unavailable() -> str | None:
+    """Why the compiled CPU kernels cannot be used here; None where they can."""
+    return _reason
+
+
+def supports(u: Tensor, weight: Tensor) -> bool:
+    """fp32, bf16, fp16 and fp64 on the CPU."""
+    return u.device.type == "cpu" and u.dtype in _DTYPES
+
+
+def gated_dwconv(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    """y (N, H, W, D), contiguous, for any strides; the compiled op refuses what it cannot run."""
+    return _forward(u, weight, bias, _ACT_CODES[act])
+
+
+def gated_dwconv_backward(
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, dweight, dbias), contiguous, for any strides; the compiled op refuses what it cannot run."""
+    return _backward(dy, u, weight, bias, _ACT_CODES[act])
