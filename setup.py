@@ -49,10 +49,10 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True, env=environment)
 
     def get_outputs(self) -> list[str]:
-        return []
+        return []  # CMake installs; setuptools has nothing to list, copy or link
 
-    def get_ext_fullpath(self, ext_name: str) -> str:
-        return str(ROOT / "mambaout_kernels" / "_C.so")
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
 
 
 setup(ext_modules=[Extension("mambaout_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

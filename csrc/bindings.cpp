@@ -1,7 +1,8 @@
 // The CPU half of the compiled module: the only file that sees torch or pybind11.
 //
 // The public op, its fake kernel and its gradients are Python's (mambaout_kernels/ops.py), and so are the messages for
-// bad arguments; but everything is checked here too, before any memory is touched. libtorch's stable ABI only: one binary for every torch >= 2.10.
+// bad arguments; but everything is checked here too, before any memory is touched. libtorch's stable ABI only: one
+// binary for every torch >= 2.10.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -129,9 +130,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
                                                          std::int64_t act) {
   const GatedDwconvShape shape = checked_shape(u, weight, bias, act);
   check_cpu(dy, "dy");
-  STD_TORCH_CHECK(dy.dim() == 4 && dy.size(0) == shape.N && dy.size(1) == shape.H && dy.size(2) == shape.W &&
-                      dy.size(3) == shape.D,
-                  "dy must be (N, H, W, hidden), as y");
+  STD_TORCH_CHECK(
+      dy.dim() == 4 && dy.size(0) == shape.N && dy.size(1) == shape.H && dy.size(2) == shape.W && dy.size(3) == shape.D,
+      "dy must be (N, H, W, hidden), as y");
   STD_TORCH_CHECK(dtype_of(dy, "dy") == shape.dtype, "dy must have the dtype of u");
   dy = channels_dense(dy);
   u = channels_dense(u);
@@ -187,7 +188,8 @@ pybind11::dict build_info() {
 STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels_native, m) {
   m.def("gated_dwconv_cpu(Tensor u, Tensor weight, Tensor bias, int act) -> Tensor");
   m.def(
-      "gated_dwconv_backward_cpu(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, Tensor, Tensor)");
+      "gated_dwconv_backward_cpu(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels_native, CPU, m) {
@@ -199,10 +201,10 @@ PYBIND11_MODULE(_C, m) {
   using namespace mambaout_kernels;
   m.doc() = "Native CPU kernels of mambaout_kernels.";
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
-  m.def("cpu_capability", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
-        "The instruction set in use.");
+  m.def("cpu_capability", [] { return std::string(cpu::isa_name(cpu::current_isa())); }, "The instruction set in use.");
   m.def("set_cpu_capability", &set_cpu_capability, pybind11::arg("name"),
         "Uses another instruction set (for tests). Raises ValueError where the processor lacks it.");
-  m.def("supported_cpu_capabilities", [] { return isa_names(cpu::supported); },
-        "The instruction sets compiled in that this processor runs.");
+  m.def(
+      "supported_cpu_capabilities", [] { return isa_names(cpu::supported); },
+      "The instruction sets compiled in that this processor runs.");
 }

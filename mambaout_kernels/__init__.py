@@ -4,6 +4,6 @@ from . import backends
 from .block import FusedGatedCNNBlock
 from .models import VARIANTS, MambaOut, create_model
 from .ops import gated_dwconv
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["VARIANTS", "FusedGatedCNNBlock", "MambaOut", "backends", "create_model", "gated_dwconv"]
+__all__ = ["VARIANTS", "FusedGatedCNNBlock", "MambaOut", "__version__", "backends", "create_model", "gated_dwconv"]

@@ -15,22 +15,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .ops import gated_dwconv
+from .ops import MAX_KERNEL_SIZE, gated_dwconv
+from .reference import ACTIVATIONS, activation
 
-MAX_KERNEL_SIZE = 31
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 # Class names under which torch, timm and others ship the op's activations; what such a class computes is verified.
 _ACTIVATION_CLASS_NAMES = ("GELU", "GELUTanh", "PytorchGELUTanh", "SiLU", "Swish", "Identity")
-_OP_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "identity": lambda x: x,
-}
 
 
 @functools.cache
@@ -184,7 +177,7 @@ class FusedGatedCNNBlock(nn.Module):
     def unfused_reason(self) -> str | None:
         """Why forward composes PyTorch calls instead of running the fused op; None when it runs the op."""
         if self.op_act is None:
-            return f"act {type(self.act).__name__} is none of {', '.join(_OP_ACTIVATIONS)}"
+            return f"act {type(self.act).__name__} is none of {', '.join(ACTIVATIONS)}"
         if _hooked(self.act):
             return "act has hooks"
         conv, channels = self.conv, self.split_indices[2]

@@ -10,6 +10,7 @@ MAX_KERNEL_SIZE = 31
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 

@@ -104,9 +104,7 @@ def _differentiate_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None,
     wanted = [t for t in inputs if t.requires_grad]
     differentiable = [(o, up) for o, up in zip(outputs, upstream, strict=True) if o.requires_grad]
     found = iter(
-        torch.autograd.grad(
-            [o for o, _ in differentiable], wanted, [up for _, up in differentiable], allow_unused=True
-        )
+        torch.autograd.grad([o for o, _ in differentiable], wanted, [up for _, up in differentiable], allow_unused=True)
     )
     return (*(next(found) if n else None for n in needed), None)
 

@@ -48,9 +48,9 @@ inline void add_tap_gradients(V (&gradient)[kTaps], const typename V::Scalar* dy
 // The rows kh0 <= kh < kh1 of the filter lie inside the image.
 template <typename V>
 struct FilterRows {
-  const typename V::Scalar* const* x;    // [K] rows, at the left end of the halo
-  const typename V::Scalar* weight;      // [K][K][lanes]
-  std::ptrdiff_t row_step, tap_step;     // through weight; negative for the transposed convolution
+  const typename V::Scalar* const* x;  // [K] rows, at the left end of the halo
+  const typename V::Scalar* weight;    // [K][K][lanes]
+  std::ptrdiff_t row_step, tap_step;   // through weight; negative for the transposed convolution
   int kh0, kh1, K;
 };
 

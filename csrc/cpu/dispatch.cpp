@@ -36,9 +36,7 @@ const Kernels* kernels_of(Isa isa, DType dtype) {
     default: return kernels_portable(dtype);
   }
 }
-Isa best_isa() {
-  return supported(Isa::kAvx512) ? Isa::kAvx512 : supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kPortable;
-}
+Isa best_isa() { return supported(Isa::kAvx512) ? Isa::kAvx512 : supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kPortable; }
 std::atomic<Isa> g_isa{best_isa()};
 
 const Kernels& current_kernels(DType dtype) {
@@ -113,7 +111,8 @@ struct Workspace {
   std::int64_t weight, bias, windows, window_bytes, partials, partial_bytes, total;
 };
 Workspace lay_out(const Plan& plan, bool forward, int num_threads) {
-  const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K, bytes = plan.kernels.accumulator_bytes;
+  const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K,
+                     bytes = plan.kernels.accumulator_bytes;
   const std::int64_t vector_bytes = plan.kernels.lanes * bytes;
   Workspace at;
   at.weight = 0;
@@ -146,7 +145,8 @@ void run_tasks(std::int64_t tasks, int num_threads, ParallelFor parallel_for, co
       [](void* opaque, std::int64_t begin, std::int64_t end) {
         auto& c = *static_cast<Context*>(opaque);
         for (std::int64_t slot = begin; slot < end; ++slot) {
-          for (std::int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.tasks;) c.body(slot, task);
+          for (std::int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.tasks;)
+            c.body(slot, task);
         }
       },
       &context);
@@ -199,12 +199,14 @@ void reduce(const Plan& plan, const GatedDwconvBackward& args, const char* parti
   with_element_type(plan.shape.weight_dtype, [&](auto element) {
     auto* to = static_cast<decltype(element)*>(args.dweight);
     for (std::int64_t c = c0; c < c1; ++c) {
-      for (std::int64_t k = 0; k < taps; ++k) narrow(static_cast<AccumulatorOf<decltype(element)>>(sums[k * L + c - c0]), to + c * taps + k);
+      for (std::int64_t k = 0; k < taps; ++k)
+        narrow(static_cast<AccumulatorOf<decltype(element)>>(sums[k * L + c - c0]), to + c * taps + k);
     }
   });
   with_element_type(plan.shape.bias_dtype, [&](auto element) {
     auto* to = static_cast<decltype(element)*>(args.dbias);
-    for (std::int64_t c = c0; c < c1; ++c) narrow(static_cast<AccumulatorOf<decltype(element)>>(sums[taps * L + c - c0]), to + c);
+    for (std::int64_t c = c0; c < c1; ++c)
+      narrow(static_cast<AccumulatorOf<decltype(element)>>(sums[taps * L + c - c0]), to + c);
   });
 }
 
@@ -263,9 +265,8 @@ void forward(const GatedDwconvForward& args, int num_threads, void* workspace, P
   char* base = align(workspace);
   pack(plan, args.weight, args.bias, base + at.weight, base + at.bias);
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
-    plan.kernels.forward(
-        {&args, plan.block(task), base + at.weight, base + at.bias, base + at.windows + slot * at.window_bytes,
-                          plan.prefetch});
+    plan.kernels.forward({&args, plan.block(task), base + at.weight, base + at.bias,
+                          base + at.windows + slot * at.window_bytes, plan.prefetch});
   });
 }
 

@@ -67,7 +67,9 @@ def main():
             table, width = fit(function, limit, pieces, degree)
             print(f"struct {name}{pieces} {{")
             print(f"  static constexpr int kPieces = {pieces}, kDegree = {degree};")
-            print(f"  static constexpr float kLimit = {float(np.float32(limit))!r}f, kInverseWidth = {float(1 / width)!r}f,")
+            print(
+                f"  static constexpr float kLimit = {float(np.float32(limit))!r}f, kInverseWidth = {float(1 / width)!r}f,"
+            )
             print(f"                         kWidth = {float(width)!r}f;")
             print("  alignas(64) static constexpr float kCoefficients[kDegree + 1][kPieces] = {")
             for row in table:

@@ -22,8 +22,9 @@ inline const Element* pixel(const NhwcView& view, std::int64_t n, std::int64_t h
 // pages apart, where no hardware prefetcher follows; so the convolution of one row, which computes in L1, runs
 // while the memory that comes next is on its way.
 template <typename Element>  // always inlined: GCC drops calls of functions that do nothing but prefetch
-[[gnu::always_inline]] inline void prefetch_row(const NhwcView& view, std::int64_t n, std::int64_t h, std::int64_t w0, std::int64_t w1,
-                         std::int64_t channel0, std::int64_t channel1, std::int64_t part, std::int64_t parts) {
+[[gnu::always_inline]] inline void prefetch_row(const NhwcView& view, std::int64_t n, std::int64_t h, std::int64_t w0,
+                                                std::int64_t w1, std::int64_t channel0, std::int64_t channel1,
+                                                std::int64_t part, std::int64_t parts) {
   constexpr std::int64_t kLine = 64 / sizeof(Element);
   const std::int64_t end = w0 + (w1 - w0) * (part + 1) / parts;
   for (std::int64_t w = w0 + (w1 - w0) * part / parts; w < end; ++w) {
@@ -83,8 +84,8 @@ struct Geometry {
   std::int64_t R = shape.K / 2, width = block.w1 - block.w0;
   std::int64_t channels = block.conv1 - block.conv0, vectors = (channels + V::kLanes - 1) / V::kLanes;
   std::int64_t first_vector = block.conv0 / V::kLanes;
-  std::int64_t gate = shape.D - shape.C + block.conv0, conv = shape.D + gate;         // of u's channels
-  std::int64_t halo0 = block.w0 > R ? block.w0 - R : 0;                               // columns inside the image
+  std::int64_t gate = shape.D - shape.C + block.conv0, conv = shape.D + gate;  // of u's channels
+  std::int64_t halo0 = block.w0 > R ? block.w0 - R : 0;                        // columns inside the image
   std::int64_t halo1 = block.w1 + R < shape.W ? block.w1 + R : shape.W;
   std::int64_t ring_column0 = halo0 - (block.w0 - R);
 
@@ -94,7 +95,8 @@ struct Geometry {
   }
   // What row h will read, of the identity channels (at 0 and at `branch`) and of the gate of the conv channels ...
   template <typename Element>
-  [[gnu::always_inline]] void prefetch_pointwise(const NhwcView& view, std::int64_t h, std::int64_t branch, std::int64_t part) const {
+  [[gnu::always_inline]] void prefetch_pointwise(const NhwcView& view, std::int64_t h, std::int64_t branch,
+                                                 std::int64_t part) const {
     prefetch_row<Element>(view, block.n, h, block.w0, block.w1, block.identity0, block.identity1, part, vectors);
     if (branch != 0) {
       prefetch_row<Element>(view, block.n, h, block.w0, block.w1, branch + block.identity0, branch + block.identity1,
@@ -104,7 +106,8 @@ struct Geometry {
   }
   // ... and of the conv channels that start at `first`, halo included.
   template <typename Element>
-  [[gnu::always_inline]] void prefetch_conv(const NhwcView& view, std::int64_t h, std::int64_t first, std::int64_t part) const {
+  [[gnu::always_inline]] void prefetch_conv(const NhwcView& view, std::int64_t h, std::int64_t first,
+                                            std::int64_t part) const {
     if (h < shape.H) prefetch_row<Element>(view, block.n, h, halo0, halo1, first, first + channels, part, vectors);
   }
   // The first row that the filter covers at h, and the row after the last.
@@ -123,8 +126,8 @@ inline void select_rows(const Geometry<V>& geometry, const Ring<V>& ring, std::i
   rows->kh1 = static_cast<int>(geometry.row_end(h) - (h - geometry.R));
   for (int kh = rows->kh0; kh < rows->kh1; ++kh) x[kh] = ring.row(vector, h - geometry.R + kh);
   const std::int64_t taps = static_cast<std::int64_t>(K) * K;
-  const auto* weight = static_cast<const typename V::Scalar*>(packed_weight) +
-                       (geometry.first_vector + vector) * taps * V::kLanes;
+  const auto* weight =
+      static_cast<const typename V::Scalar*>(packed_weight) + (geometry.first_vector + vector) * taps * V::kLanes;
   rows->weight = transposed ? weight + (taps - 1) * V::kLanes : weight;
   rows->tap_step = transposed ? -V::kLanes : V::kLanes;
   rows->row_step = K * rows->tap_step;

@@ -26,7 +26,7 @@ struct BackwardTask {
   Block block;
   const void* weight;
   const void* bias;
-  void* window;   // backward_window_elements()
+  void* window;  // backward_window_elements()
   bool prefetch;
   void* partial;  // [ceil(C / lanes)][K * K + 1][lanes]: this rectangle's share of dweight and dbias
 };

@@ -48,7 +48,9 @@ inline Vec power_of_two(Rounded n) {
 }
 
 // 8 pieces, one permutation per coefficient; it reads the low bits of the index only.
-inline Vec lookup(const float (&table)[8], __m256i index) { return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), index)}; }
+inline Vec lookup(const float (&table)[8], __m256i index) {
+  return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), index)};
+}
 
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }

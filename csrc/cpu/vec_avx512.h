@@ -46,7 +46,9 @@ inline Vec power_of_two(Rounded n) {
 }
 
 // 16 pieces, one permutation per coefficient; it reads the low bits of the index only.
-inline Vec lookup(const float (&table)[16], __m512i index) { return {_mm512_permutexvar_ps(index, _mm512_load_ps(table))}; }
+inline Vec lookup(const float (&table)[16], __m512i index) {
+  return {_mm512_permutexvar_ps(index, _mm512_load_ps(table))};
+}
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
@@ -64,8 +66,8 @@ inline __m256i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
   __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), rounded, one);
   rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  const __m512i high_words = _mm512_castsi256_si512(
-      _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  const __m512i high_words =
+      _mm512_castsi256_si512(_mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words, rounded));
 }
 inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }

@@ -1,2 +1,5 @@
 """placeholder"""
-def unavailable(): return "not built yet"
+
+
+def unavailable():
+    return "not built yet"

@@ -1,0 +1,46 @@
+# make bench: set-up, then the main job. make test: set-up, then the tests. Everything lives in .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+BENCH_OUT ?= benchmarks/results
+
+.PHONY: bench test lint format abi clean
+
+bench: $(READY)
+	$(RUN) -m mambaout_kernels bench main --out $(BENCH_OUT)
+
+test: $(READY)
+	$(RUN) -m pytest tests
+	@if [ -d tests/triton_interpreter ]; then TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter; fi
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# One binary under two torches: make abi TORCH_A=python-with-one-torch TORCH_B=python-with-another
+abi:
+	bash tests/abi_two_torches.sh $(TORCH_A) $(TORCH_B)
+
+# torch first: what is built next is built against the one that is there.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "torch>=2.10" torchvision numpy
+	touch $@
+
+$(READY): $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	$(RUN) -m pip install --quiet "cmake>=3.18" ninja "pybind11>=2.12" "setuptools>=77" wheel
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(RUN) -m mambaout_kernels info
+	touch $@
+
+clean:
+	rm -rf build $(VENV) *.egg-info mambaout_kernels/_C*.so $(BENCH_OUT)
