@@ -1,52 +1,85 @@
 """Drives CMake (CMakeLists.txt describes the build). Without a compiler the package installs as pure Python."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+MODULE_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
-PURE_PYTHON_WARNING = """
+WARNING = """
 ******************************************************************************************
-WARNING: mambaout_kernels is being installed without its compiled CPU kernels:
+WARNING: mambaout_kernels is being installed without its compiled {kernels} kernels:
   {reason}
-It works, on the PyTorch reference, which is slower. To get the kernels: a C++20 compiler
-(GCC >= 11 or Clang >= 14), then
-  pip install torch cmake ninja pybind11 && pip install --no-build-isolation .
+{consequence}
 ******************************************************************************************
 """
+NO_CPU = """It works, on the PyTorch reference, which is slower. To get the kernels: a C++20 compiler
+(GCC >= 11 or Clang >= 14), then
+  pip install torch cmake ninja pybind11 && pip install --no-build-isolation ."""
+NO_CUDA = "CPU tensors run on the compiled kernels; CUDA tensors on Triton, or else on the PyTorch reference."
 
 
 class CMakeBuild(build_ext):
     """Builds the compiled modules into the package: the source tree with --inplace, else the wheel."""
 
     def run(self) -> None:
-        destination = Path(self.build_lib) / "mambaout_kernels"
-        if self.inplace:
-            destination = ROOT / "mambaout_kernels"
-        try:
-            self._cmake(destination.resolve(), Path(self.build_temp).resolve())
-        except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            print(PURE_PYTHON_WARNING.format(reason=error), file=sys.stderr, flush=True)
+        package = ROOT if self.inplace else Path(self.build_lib).resolve()
+        self.destination = package / "mambaout_kernels"
+        self.build = Path(self.build_temp).resolve()
+        if self._attempt("CPU", NO_CPU, "_C*", self._configure, self._build_cpu):
+            self._attempt("CUDA", NO_CUDA, "_C_cuda*", self._build_all)
 
-    def _cmake(self, destination: Path, build: Path) -> None:
+    def _attempt(self, kernels: str, consequence: str, modules: str, *steps) -> bool:
+        try:
+            for step in steps:
+                step()
+        except (OSError, ImportError) as error:
+            reason = str(error)
+        except subprocess.CalledProcessError as error:
+            reason = f"`{error.cmd[0]} {error.cmd[1]} ...` failed: its output is above (under pip, with pip install -v)"
+        else:
+            return True
+        # A module of an earlier build must not pass for this one's.
+        for module in self.destination.glob(modules + MODULE_SUFFIX):
+            module.unlink()
+        print(WARNING.format(kernels=kernels, reason=reason, consequence=consequence), file=sys.stderr, flush=True)
+        return False
+
+    def _configure(self) -> None:
         import pybind11
         import torch  # noqa: F401  (its headers are needed; a clear reason if it is missing)
 
-        build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+        arguments = [
+            "-S", str(ROOT), "-B", str(self.build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_INSTALL_PREFIX={destination}",
         ]  # fmt: skip
-        environment = {**os.environ, "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}
-        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
-            subprocess.run(command, check=True, env=environment)
+        # CMake's cache remembers paths of the environment it ran in, which may be gone: never reuse another's.
+        configured_with = self.build / "configured_with.txt"
+        if not configured_with.exists() or configured_with.read_text() != "\n".join(arguments):
+            shutil.rmtree(self.build, ignore_errors=True)
+            self.build.mkdir(parents=True)
+        self._cmake(*arguments)
+        configured_with.write_text("\n".join(arguments))
+
+    def _build_cpu(self) -> None:
+        self._cmake("--build", self.build, "--target", "_C")
+        self._cmake("--install", self.build, "--prefix", self.destination, "--component", "cpu")
+
+    def _build_all(self) -> None:
+        self._cmake("--build", self.build)
+        self._cmake("--install", self.build, "--prefix", self.destination)
+
+    def _cmake(self, *arguments) -> None:
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+        subprocess.run(["cmake", *arguments], check=True, env={**os.environ, "PATH": path})
 
     def get_outputs(self) -> list[str]:
         return []  # CMake installs; setuptools has nothing to list, copy or link

@@ -10,7 +10,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <memory>
+#include <new>
 #include <sstream>
 #include <string>
 #include <tuple>
@@ -82,6 +88,20 @@ NhwcView view(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+// A large new tensor is about to be written for the first time: ask for huge pages, so that Linux does it in hundreds of
+// page faults less per MiB. A fault costs about what the op computes on the 4 KiB behind it.
+constexpr std::uintptr_t kHugePage = 2 << 20;
+void advise_huge_pages(const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+  const std::uintptr_t end = begin + tensor.numel() * tensor.element_size();
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
+#else
+  static_cast<void>(tensor);
+#endif
+}
+
 // Scratch memory, kept by each calling thread for the next call while it is small; at 56 x 56 x 96 it is 0.5 MiB, and
 // allocating that anew costs as much as a small op.
 constexpr std::int64_t kKeptBytes = 8 << 20;
@@ -91,13 +111,12 @@ class Workspace {
     thread_local std::unique_ptr<char[]> kept;
     thread_local std::int64_t kept_bytes = 0;
     if (bytes > kKeptBytes) {
-      own_.reset(new char[bytes]);
+      own_ = allocate(bytes);
       data_ = own_.get();
       return;
     }
     if (bytes > kept_bytes) {
-      kept_bytes = 0;
-      kept.reset(new char[bytes]);
+      kept = allocate(bytes);
       kept_bytes = bytes;
     }
     data_ = kept.get();
@@ -105,6 +124,12 @@ class Workspace {
   void* data() const { return data_; }
 
  private:
+  static std::unique_ptr<char[]> allocate(std::int64_t bytes) {
+    std::unique_ptr<char[]> memory(new (std::nothrow) char[bytes]);
+    STD_TORCH_CHECK(memory != nullptr, "not enough memory: gated_dwconv needs ", bytes, " bytes of workspace");
+    return memory;
+  }
+
   std::unique_ptr<char[]> own_;
   char* data_;
 };
@@ -119,6 +144,7 @@ Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
   weight = dense(weight);
   bias = dense(bias);
   Tensor y = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, shape.D});
+  advise_huge_pages(y);
   const int num_threads = static_cast<int>(torch::stable::get_num_threads());
   const Workspace workspace(cpu::forward_workspace_bytes(shape, num_threads));
   cpu::forward({shape, view(u), weight.const_data_ptr(), bias.const_data_ptr(), y.mutable_data_ptr()}, num_threads,
@@ -141,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
   Tensor du = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, 2 * shape.D});
   Tensor dweight = torch::stable::new_empty(weight, {shape.C, 1, shape.K, shape.K});
   Tensor dbias = torch::stable::new_empty(bias, {shape.C});
+  advise_huge_pages(du);
   const int num_threads = static_cast<int>(torch::stable::get_num_threads());
   const Workspace workspace(cpu::backward_workspace_bytes(shape, num_threads));
   cpu::backward({shape, view(dy), view(u), weight.const_data_ptr(), bias.const_data_ptr(), du.mutable_data_ptr(),

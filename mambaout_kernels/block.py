@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ops import MAX_KERNEL_SIZE, gated_dwconv
+from .checks import MAX_KERNEL_SIZE
+from .ops import gated_dwconv
 from .reference import ACTIVATIONS, activation
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -37,8 +38,10 @@ def refuse_unknown(owner: str, given: Iterable[str], allowed: Iterable[str]) -> 
     unknown = [name for name in given if name not in allowed]
     if not unknown:
         return
-    hints = [f"{name!r} (did you mean {match[0]!r}?)" if match else repr(name)
-             for name in unknown for match in [get_close_matches(name, allowed, n=1)]]  # fmt: skip
+    hints = []
+    for name in unknown:
+        match = get_close_matches(name, allowed, n=1)
+        hints.append(f"{name!r} (did you mean {match[0]!r}?)" if match else repr(name))
     raise TypeError(f"{owner}: unknown argument {', '.join(hints)}; allowed: {', '.join(allowed)}")
 
 
@@ -59,7 +62,7 @@ def activation_name(act: nn.Module) -> str | None:
     x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
     try:
         y = act(x.clone())
-        return next((name for name, op in _OP_ACTIVATIONS.items() if torch.allclose(y, op(x), rtol=0, atol=1e-9)), None)
+        return next((name for name in ACTIVATIONS if torch.allclose(y, activation(x, name), rtol=0, atol=1e-9)), None)
     except Exception:  # a foreign class may do anything; if it cannot be checked, it is not fused
         return None
 

@@ -100,7 +100,8 @@ def _differentiate_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None,
     needed = ctx.needs_input_grad[:4]
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
-        outputs = reference.gated_dwconv_backward(*inputs, ctx.act)
+        dy, u, weight, bias = inputs
+        outputs = reference.gated_dwconv_backward(dy, u, weight, bias, ctx.act)
     wanted = [t for t in inputs if t.requires_grad]
     differentiable = [(o, up) for o, up in zip(outputs, upstream, strict=True) if o.requires_grad]
     found = iter(

@@ -352,6 +352,13 @@ def test_what_the_op_would_ignore_is_composed(change, op_calls, fresh_warnings):
     assert op_calls == ["gelu"]  # before the change only
 
 
+def test_dilation_without_its_padding_is_refused_as_in_eager(fresh_warnings):
+    block = make_block()
+    block.conv.dilation = (2, 2)
+    with pytest.warns(RuntimeWarning, match=r"conv is Conv2d"), pytest.raises(RuntimeError, match="Sizes of tensors"):
+        block(make_x(h=16, w=16))
+
+
 def test_hooks_of_the_called_modules_keep_the_block_fused(op_calls):
     block = make_block(ls_init_value=1.0, drop_path=0.1)
     seen = []

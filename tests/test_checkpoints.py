@@ -2,14 +2,13 @@ import argparse
 import copy
 import os
 import pickle
+import sys
 
 import pytest
 import torch
 
 from mambaout_kernels.checkpoints import describe, load_checkpoint, load_into, to_authors, to_timm
 from mambaout_kernels.models import VARIANTS, create_model
-
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture(scope="module", params=["default", "rw"])
@@ -32,6 +31,13 @@ def small():
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def save(path, content, legacy=False):
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -58,7 +64,7 @@ def test_load(suffix, layout, model, tmp_path):
     path = tmp_path / f"weights{suffix}"
     expected = model.state_dict()
     content = expected if layout == "authors" else to_timm(expected)
-    safetensors_torch.save_file(content, path) if suffix == ".safetensors" else torch.save(content, path)
+    save(path, content)
     assert equal(load_checkpoint(path), expected)
     assert equal(load_checkpoint(str(path)), expected)
 
@@ -104,11 +110,11 @@ class TouchesAFile:
         return os.mkdir, (self.path,)
 
 
-def save(path, content, legacy=False):
-    if path.suffix == ".safetensors":
-        safetensors_torch.save_file(content, path)
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+def test_safetensors_package_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(ImportError, match=r"a\.safetensors needs the safetensors package: pip install safetensors"):
+        load_checkpoint(tmp_path / "a.safetensors")
 
 
 def halve(path):
@@ -127,9 +133,13 @@ BAD_FILES = {
     "truncated legacy": ("a.pth", lambda path, sd: (save(path, sd, legacy=True), halve(path)), "truncated"),
     "truncated safetensors": ("a.safetensors", lambda path, sd: (save(path, sd), halve(path)), "not a complete"),
     "empty file": ("a.pth", lambda path, sd: path.touch(), "truncated"),
-    "empty safetensors": ("a.safetensors", lambda path, sd: path.touch(), "not a complete safetensors file"),
+    "empty safetensors": ("a.safetensors", lambda path, sd: (save(path, sd), path.write_bytes(b"")), "not a complete"),
     "text": ("a.pth", lambda path, sd: path.write_text("<html>"), "not written by torch.save"),
-    "text safetensors": ("a.safetensors", lambda path, sd: path.write_text("<html>" * 9), "not a complete"),
+    "text safetensors": (
+        "a.safetensors",
+        lambda path, sd: (save(path, sd), path.write_text("<p>" * 9)),
+        "not a complete",
+    ),
     "code": ("a.pth", lambda path, sd: save(path, with_code(path, sd)), r"refused: .* a pickled (posix|nt)\.mkdir"),
     "code legacy": ("a.pth", lambda path, sd: save(path, with_code(path, sd), legacy=True), r"refused: .*\.mkdir"),
     "code bare": ("a.pth", lambda path, sd: path.write_bytes(pickle.dumps(with_code(path, sd), 2)), "refused"),

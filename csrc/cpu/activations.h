@@ -54,35 +54,33 @@ inline Vec sigmoid(Vec x) {
   return select_less(x, broadcast(-88.0f), broadcast(0.0f), result);
 }
 
-template <Act act>
+// kHalf: the result is rounded to bf16 or fp16; the tables of lower degree are 20 times finer than that rounding or more.
+template <Act act, bool kHalf>
 struct Gate;
 
-#ifdef MAMBAOUT_PIECES_16
 template <>
-struct Gate<Act::kGelu> {
-  static Vec value(Vec x) { return value_from<GeluValue16>(x); }
-  static Vec slope(Vec x) { return slope_from<GeluSlope16>(x); }
+struct Gate<Act::kGelu, false> {
+  static Vec value(Vec x) { return value_from<GeluValue<kPieces>>(x); }
+  static Vec slope(Vec x) { return slope_from<GeluSlope<kPieces>>(x); }
 };
 template <>
-struct Gate<Act::kGeluTanh> {
-  static Vec value(Vec x) { return value_from<GeluTanhValue16>(x); }
-  static Vec slope(Vec x) { return slope_from<GeluTanhSlope16>(x); }
-};
-#else
-template <>
-struct Gate<Act::kGelu> {
-  static Vec value(Vec x) { return value_from<GeluValue8>(x); }
-  static Vec slope(Vec x) { return slope_from<GeluSlope8>(x); }
+struct Gate<Act::kGelu, true> {
+  static Vec value(Vec x) { return value_from<GeluValueHalf<kPieces>>(x); }
+  static Vec slope(Vec x) { return slope_from<GeluSlopeHalf<kPieces>>(x); }
 };
 template <>
-struct Gate<Act::kGeluTanh> {
-  static Vec value(Vec x) { return value_from<GeluTanhValue8>(x); }
-  static Vec slope(Vec x) { return slope_from<GeluTanhSlope8>(x); }
+struct Gate<Act::kGeluTanh, false> {
+  static Vec value(Vec x) { return value_from<GeluTanhValue<kPieces>>(x); }
+  static Vec slope(Vec x) { return slope_from<GeluTanhSlope<kPieces>>(x); }
 };
-#endif
+template <>
+struct Gate<Act::kGeluTanh, true> {
+  static Vec value(Vec x) { return value_from<GeluTanhValueHalf<kPieces>>(x); }
+  static Vec slope(Vec x) { return slope_from<GeluTanhSlopeHalf<kPieces>>(x); }
+};
 
-template <>
-struct Gate<Act::kSilu> {
+template <bool kHalf>
+struct Gate<Act::kSilu, kHalf> {
   static Vec value(Vec x) { return x * sigmoid(x); }
   static Vec slope(Vec x) {
     const Vec s = sigmoid(x);
@@ -90,8 +88,8 @@ struct Gate<Act::kSilu> {
   }
 };
 
-template <>
-struct Gate<Act::kIdentity> {
+template <bool kHalf>
+struct Gate<Act::kIdentity, kHalf> {
   template <typename V>
   static V value(V x) {
     return x;

@@ -54,7 +54,7 @@ struct FilterRows {
   int kh0, kh1, K;
 };
 
-// out[0 .. kTile) = bias + sum_{kh,kw} x * weight. kFilter: K where it is known, else 0.
+// out[0 .. kTile) = bias + sum_{kh,kw} x * weight, at columns w .. w + kTile. kFilter: K where it is known, else 0.
 template <int kFilter, int kTile, typename V>
 inline void conv_tile(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out) {
   V accumulator[kTile];
@@ -79,18 +79,31 @@ inline void conv_tile(const FilterRows<V>& rows, std::int64_t w, V bias, typenam
     }
   }
 #pragma GCC unroll 16
-  for (int t = 0; t < kTile; ++t) store(out + (w + t) * V::kLanes, accumulator[t]);
+  for (int t = 0; t < kTile; ++t) store(out + t * V::kLanes, accumulator[t]);
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls body(Constant<tile>, w) for the tiles that cover [0, width).
+template <typename V, typename Body>
+inline void for_each_tile(std::int64_t width, const Body& body) {
+  std::int64_t w = 0;
+  for (; w + V::kTileW <= width; w += V::kTileW) body(Constant<V::kTileW>{}, w);
+  if constexpr (V::kTileW > 7) {
+    for (; w + 7 <= width; w += 7) body(Constant<7>{}, w);
+  }
+  for (; w + 4 <= width; w += 4) body(Constant<4>{}, w);
+  for (; w < width; ++w) body(Constant<1>{}, w);
 }
 
 template <int kFilter, typename V>
 void conv_row(const FilterRows<V>& rows, std::int64_t width, V bias, typename V::Scalar* out) {
-  std::int64_t w = 0;
-  for (; w + V::kTileW <= width; w += V::kTileW) conv_tile<kFilter, V::kTileW>(rows, w, bias, out);
-  if constexpr (V::kTileW > 7) {
-    for (; w + 7 <= width; w += 7) conv_tile<kFilter, 7>(rows, w, bias, out);
-  }
-  for (; w + 4 <= width; w += 4) conv_tile<kFilter, 4>(rows, w, bias, out);
-  for (; w < width; ++w) conv_tile<kFilter, 1>(rows, w, bias, out);
+  for_each_tile<V>(width, [&](auto tile, std::int64_t w) {
+    conv_tile<kFilter, decltype(tile)::value>(rows, w, bias, out + w * V::kLanes);
+  });
 }
 
 template <int kTaps, typename V>

@@ -17,8 +17,8 @@ constexpr std::int64_t kMaxWidth = 64, kBackwardRows = 14;
 constexpr std::int64_t kMaxForwardRows = 28, kMinForwardRows = 7;
 // The window of one task stays in L2 beside the rows that pass through.
 constexpr std::int64_t kWindowBytes = 224 * 1024;
-// Below this size of u, the caches hold what the tasks read, and prefetching costs 5% (benchmarks/NOTES.md).
-constexpr std::int64_t kPrefetchBytes = 6 * 1024 * 1024;
+// Below this size of u, L2 holds what the tasks read, and prefetching costs 5% (benchmarks/NOTES.md).
+constexpr std::int64_t kPrefetchBytes = 2 * 1024 * 1024;
 constexpr int kTasksPerThread = 4;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -35,8 +35,9 @@ def gelu_tanh_slope(a):
     return r - a * r * (1 - r) * 2 * TANH_SCALE * (1 + 3 * TANH_CUBIC * a * a)
 
 
-# (pieces, degree): one register of 8 or 16 lanes holds one coefficient of every piece.
-SHAPES = [(8, 7), (16, 5)]
+# (pieces, degree, degree where the result is rounded to 16 bits): one register of 8 or 16 lanes holds one coefficient
+# of every piece.
+SHAPES = [(8, 7, 5), (16, 5, 3)]
 FUNCTIONS = [
     ("GeluValue", gelu_value, 5.6),
     ("GeluSlope", gelu_slope, 6.2),
@@ -57,24 +58,29 @@ def fit(function, limit, pieces, degree):
     return table.astype(np.float32), np.float32(width)
 
 
+def print_table(name, function, limit, pieces, degree):
+    table, width = fit(function, limit, pieces, degree)
+    print("template <>")
+    print(f"struct {name}<{pieces}> {{")
+    print(f"  static constexpr int kDegree = {degree};")
+    print(f"  static constexpr float kLimit = {float(np.float32(limit))!r}f, kWidth = {float(width)!r}f,")
+    print(f"                         kInverseWidth = {float(np.float32(1 / width))!r}f;")
+    print(f"  alignas(64) static constexpr float kCoefficients[kDegree + 1][{pieces}] = {{")
+    for row in table:
+        print("      {" + ", ".join(f"{float(c):.9e}f" for c in row) + "},")
+    print("  };\n};")
+
+
 def main():
     print("// Written by fit_activation_tables.py; edit that.")
     print("#pragma once\n")
     print("namespace mambaout_kernels::cpu {\n")
     print("// clang-format off")
     for name, function, limit in FUNCTIONS:
-        for pieces, degree in SHAPES:
-            table, width = fit(function, limit, pieces, degree)
-            print(f"struct {name}{pieces} {{")
-            print(f"  static constexpr int kPieces = {pieces}, kDegree = {degree};")
-            print(
-                f"  static constexpr float kLimit = {float(np.float32(limit))!r}f, kInverseWidth = {float(1 / width)!r}f,"
-            )
-            print(f"                         kWidth = {float(width)!r}f;")
-            print("  alignas(64) static constexpr float kCoefficients[kDegree + 1][kPieces] = {")
-            for row in table:
-                print("      {" + ", ".join(f"{float(c):.9e}f" for c in row) + "},")
-            print("  };\n};")
+        for suffix in ("", "Half"):
+            print(f"template <int kPieces>\nstruct {name}{suffix};")
+            for pieces, degree, half_degree in SHAPES:
+                print_table(name + suffix, function, limit, pieces, half_degree if suffix else degree)
     print("// clang-format on\n")
     print("}  // namespace mambaout_kernels::cpu")
 

@@ -18,18 +18,22 @@ inline const Element* pixel(const NhwcView& view, std::int64_t n, std::int64_t h
   return static_cast<const Element*>(view.data) + n * view.stride_n + h * view.stride_h + w * view.stride_w;
 }
 
-// Brings channels [channel0, channel1) of a part of the pixels [w0, w1) of row h into L2. The pixels of a row lie up to
-// pages apart, where no hardware prefetcher follows; so the convolution of one row, which computes in L1, runs
-// while the memory that comes next is on its way.
+// Fetches `count` channels into L2. The pixels of a row lie up to pages apart, where no hardware prefetcher follows.
 template <typename Element>  // always inlined: GCC drops calls of functions that do nothing but prefetch
+[[gnu::always_inline]] inline void prefetch(const Element* p, std::int64_t count) {
+  for (std::int64_t c = 0; c < count; c += 64 / static_cast<std::int64_t>(sizeof(Element))) {
+    __builtin_prefetch(p + c, 0, 2);
+  }
+}
+
+// A part of the pixels [w0, w1) of row h.
+template <typename Element>
 [[gnu::always_inline]] inline void prefetch_row(const NhwcView& view, std::int64_t n, std::int64_t h, std::int64_t w0,
                                                 std::int64_t w1, std::int64_t channel0, std::int64_t channel1,
                                                 std::int64_t part, std::int64_t parts) {
-  constexpr std::int64_t kLine = 64 / sizeof(Element);
   const std::int64_t end = w0 + (w1 - w0) * (part + 1) / parts;
   for (std::int64_t w = w0 + (w1 - w0) * part / parts; w < end; ++w) {
-    const Element* p = pixel<Element>(view, n, h, w);
-    for (std::int64_t c = channel0; c < channel1; c += kLine) __builtin_prefetch(p + c, 0, 2);
+    prefetch(pixel<Element>(view, n, h, w) + channel0, channel1 - channel0);
   }
 }
 
@@ -133,6 +137,19 @@ inline void select_rows(const Geometry<V>& geometry, const Ring<V>& ring, std::i
   rows->row_step = K * rows->tap_step;
 }
 
+template <int kTile, typename V>
+inline void conv_tile_any(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out) {
+  switch (rows.K) {
+    case 7:
+      return conv_tile<7, kTile>(rows, w, bias, out);
+    case 5:
+      return conv_tile<5, kTile>(rows, w, bias, out);
+    case 3:
+      return conv_tile<3, kTile>(rows, w, bias, out);
+    default:
+      return conv_tile<0, kTile>(rows, w, bias, out);
+  }
+}
 template <typename V>
 inline void conv_row_any(const FilterRows<V>& rows, std::int64_t width, V bias, typename V::Scalar* out) {
   switch (rows.K) {
@@ -154,6 +171,9 @@ inline void weight_gradient_row_any(const FilterRows<V>& rows, const typename V:
 }
 
 // y = act(g) * s
+//
+// A row is worked off in tiles along W: convolve all vectors of the tile, then gate it. While the convolution computes
+// in L1, the tile's gate and identity channels and the conv channels of the row to come are on their way.
 template <Act act, typename Element>
 void forward_block(const ForwardTask& task) {
   using V = typename VecOf<Element>::type;
@@ -162,11 +182,14 @@ void forward_block(const ForwardTask& task) {
   const GatedDwconvForward& args = *task.args;
   const Block& block = task.block;
   const Geometry<V> geometry{args.shape, block};
-  const std::int64_t D = args.shape.D, width = geometry.width;
+  const std::int64_t D = args.shape.D, vectors = geometry.vectors;
   const Ring<V> ring = geometry.ring(static_cast<Scalar*>(task.window));
-  Scalar* s = ring.data + ring.elements(geometry.vectors);  // [vectors][width][lanes]
+  Scalar* s = ring.data + ring.elements(vectors);  // [vectors][kTileW][lanes]
   geometry.clear_outside(ring);
   const Scalar* bias = static_cast<const Scalar*>(task.bias) + geometry.first_vector * L;
+  const auto y_pixel = [&](std::int64_t h, std::int64_t w) {
+    return static_cast<Element*>(args.y) + ((block.n * args.shape.H + h) * args.shape.W + w) * D;
+  };
 
   std::int64_t filled = geometry.row_begin(block.h0);
   for (std::int64_t h = block.h0; h < block.h1; ++h) {
@@ -180,30 +203,40 @@ void forward_block(const ForwardTask& task) {
         });
       }
     }
-    for (std::int64_t v = 0; v < geometry.vectors; ++v) {
-      const Scalar* x[kMaxFilter];
-      FilterRows<V> rows;
-      select_rows(geometry, ring, v, h, task.weight, false, x, &rows);
-      conv_row_any(rows, width, load(bias + v * L), s + v * width * L);
-      if (task.prefetch) {
-        geometry.template prefetch_pointwise<Element>(args.u, h, D, v);
-        geometry.template prefetch_conv<Element>(args.u, filled, geometry.conv, v);
+    for_each_tile<V>(geometry.width, [&](auto tile, std::int64_t begin) {
+      constexpr int kTile = decltype(tile)::value;
+      for (std::int64_t v = 0; v < vectors; ++v) {
+        const Scalar* x[kMaxFilter];
+        FilterRows<V> rows;
+        select_rows(geometry, ring, v, h, task.weight, false, x, &rows);
+        conv_tile_any<kTile>(rows, begin, load(bias + v * L), s + v * kTile * L);
+        if (!task.prefetch) continue;
+        for (std::int64_t t = kTile * v / vectors; t < kTile * (v + 1) / vectors; ++t) {
+          const std::int64_t w = block.w0 + begin + t;
+          const Element* u = pixel<Element>(args.u, block.n, h, w);
+          prefetch(u + block.identity0, block.identity1 - block.identity0);
+          prefetch(u + D + block.identity0, block.identity1 - block.identity0);
+          prefetch(u + geometry.gate, geometry.channels);
+          if (filled < args.shape.H) {
+            prefetch(pixel<Element>(args.u, block.n, filled, w) + geometry.conv, geometry.channels);
+          }
+        }
       }
-    }
-    for (std::int64_t w = block.w0; w < block.w1; ++w) {
-      const Element* u = pixel<Element>(args.u, block.n, h, w);
-      Element* y = static_cast<Element*>(args.y) + ((block.n * args.shape.H + h) * args.shape.W + w) * D;
-      for_each_vector<L>(block.identity1 - block.identity0, [&](std::int64_t offset, int lanes) {
-        const std::int64_t d = block.identity0 + offset;
-        const V i = load_lanes<V>(u + D + d, lanes);
-        store_lanes(y + d, GateOf<act, V>::value(load_lanes<V>(u + d, lanes)) * i, lanes);
-      });
-      const Scalar* s_pixel = s + (w - block.w0) * L;
-      for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
-        const V g = load_lanes<V>(u + geometry.gate + offset, lanes);
-        store_lanes(y + geometry.gate + offset, GateOf<act, V>::value(g) * load(s_pixel + offset * width), lanes);
-      });
-    }
+      for (int t = 0; t < kTile; ++t) {
+        const Element* u = pixel<Element>(args.u, block.n, h, block.w0 + begin + t);
+        Element* y = y_pixel(h, block.w0 + begin + t);
+        for_each_vector<L>(block.identity1 - block.identity0, [&](std::int64_t offset, int lanes) {
+          const std::int64_t d = block.identity0 + offset;
+          const V i = load_lanes<V>(u + D + d, lanes);
+          store_lanes(y + d, GateOf<act, Element>::value(load_lanes<V>(u + d, lanes)) * i, lanes);
+        });
+        for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
+          const V g = load_lanes<V>(u + geometry.gate + offset, lanes);
+          const V value = GateOf<act, Element>::value(g) * load(s + offset * kTile + t * L);
+          store_lanes(y + geometry.gate + offset, value, lanes);
+        });
+      }
+    });
   }
 }
 
@@ -244,7 +277,7 @@ void backward_block(const BackwardTask& task) {
         for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
           const V g = load_lanes<V>(u + geometry.gate + offset, lanes);
           store(to_c + offset * step, load_lanes<V>(u + geometry.conv + offset, lanes));
-          store(to_e + offset * step, load_lanes<V>(dy + geometry.gate + offset, lanes) * GateOf<act, V>::value(g));
+          store(to_e + offset * step, load_lanes<V>(dy + geometry.gate + offset, lanes) * GateOf<act, Element>::value(g));
         });
       }
     }
@@ -266,14 +299,14 @@ void backward_block(const BackwardTask& task) {
       for_each_vector<L>(block.identity1 - block.identity0, [&](std::int64_t offset, int lanes) {
         const std::int64_t d = block.identity0 + offset;
         const V g = load_lanes<V>(u + d, lanes), upstream = load_lanes<V>(dy + d, lanes);
-        store_lanes(du + d, upstream * load_lanes<V>(u + D + d, lanes) * GateOf<act, V>::slope(g), lanes);
-        store_lanes(du + D + d, upstream * GateOf<act, V>::value(g), lanes);
+        store_lanes(du + d, upstream * load_lanes<V>(u + D + d, lanes) * GateOf<act, Element>::slope(g), lanes);
+        store_lanes(du + D + d, upstream * GateOf<act, Element>::value(g), lanes);
       });
       const Scalar* s = out + (w - block.w0) * L;
       for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
         const V g = load_lanes<V>(u + geometry.gate + offset, lanes);
         const V ds = load_lanes<V>(dy + geometry.gate + offset, lanes) * load(s + offset * width);
-        store_lanes(du + geometry.gate + offset, ds * GateOf<act, V>::slope(g), lanes);
+        store_lanes(du + geometry.gate + offset, ds * GateOf<act, Element>::slope(g), lanes);
       });
     }
     for (std::int64_t v = 0; v < vectors; ++v) {

@@ -11,8 +11,8 @@ template <typename Element>
 struct VecOf {
   using type = Vec;
 };
-template <Act act, typename V>
-using GateOf = Gate<act>;
+template <Act act, typename Element>
+using GateOf = Gate<act, sizeof(Element) == 2>;
 
 }  // namespace
 }  // namespace mambaout_kernels::cpu

@@ -7,10 +7,10 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-template <Act act, typename V>
-struct GateOf : Gate<act> {};
+template <Act act, typename Element>
+struct GateOf : Gate<act, sizeof(Element) == 2> {};
 template <Act act>
-struct GateOf<act, VecF64> {
+struct GateOf<act, double> {
   static VecF64 value(VecF64 x) { return map_lanes(x, GateF64<act>::value); }
   static VecF64 slope(VecF64 x) { return map_lanes(x, GateF64<act>::slope); }
 };

@@ -48,6 +48,7 @@ inline Vec power_of_two(Rounded n) {
 }
 
 // 8 pieces, one permutation per coefficient; it reads the low bits of the index only.
+constexpr int kPieces = 8;
 inline Vec lookup(const float (&table)[8], __m256i index) {
   return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), index)};
 }

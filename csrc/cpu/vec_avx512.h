@@ -46,6 +46,7 @@ inline Vec power_of_two(Rounded n) {
 }
 
 // 16 pieces, one permutation per coefficient; it reads the low bits of the index only.
+constexpr int kPieces = 16;
 inline Vec lookup(const float (&table)[16], __m512i index) {
   return {_mm512_permutexvar_ps(index, _mm512_load_ps(table))};
 }

@@ -85,6 +85,7 @@ inline Vec power_of_two(Rounded n) {
   std::memcpy(&result.v, &bits, sizeof(bits));
   return result;
 }
+constexpr int kPieces = 8;
 inline Vec lookup(const float (&table)[8], IntVector index) {
   Vec result;
   for (int lane = 0; lane < Vec::kLanes; ++lane) result.v[lane] = table[index[lane] & 7];

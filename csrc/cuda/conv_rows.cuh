@@ -1,0 +1,51 @@
+// The convolution of one strip, row by row: each row is read once and added to the K output rows that it touches.
+//
+//   sum[k][s]  is output row i - R + k, pixel s, when row i has been added; sum[0] is then complete.
+#pragma once
+
+#include "lanes.cuh"
+
+namespace mambaout_kernels::cuda {
+
+template <int kLanes, int K, int kStrip>
+struct RowSums {
+  using Values = Lanes<kLanes>;
+  Values sum[K][kStrip];
+
+  __device__ __forceinline__ void start(Values initial) {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int s = 0; s < kStrip; ++s) sum[k][s] = initial;
+  }
+
+  // The next row has become row i. Renaming only: the first multiply-add of a row reads one register and writes another.
+  __device__ __forceinline__ void advance(Values initial) {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int s = 0; s < kStrip; ++s) sum[k][s] = k + 1 < K ? sum[k + 1 < K ? k + 1 : k][s] : initial;
+  }
+
+  // x[0] is the pixel R to the left of the strip; pixels are kPitch elements apart.
+  // kTurned: with the filter turned by 180 degrees, which is the gradient of the convolution.
+  template <bool kTurned, int kPitch, typename T>
+  __device__ __forceinline__ void add_row(const T* x, const Values (&weight)[K * K]) {
+#pragma unroll
+    for (int j = 0; j < kStrip + K - 1; ++j) {
+      const Values value = Values::load(x + j * kPitch);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int s = 0; s < kStrip; ++s) {
+          const int kw = j - s;
+          if (kw < 0 || kw >= K) continue;
+          const int tap = (K - 1 - k) * K + kw;
+          sum[k][s] = fma(value, weight[kTurned ? K * K - 1 - tap : tap], sum[k][s]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace mambaout_kernels::cuda

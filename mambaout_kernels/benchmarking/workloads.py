@@ -1,0 +1,203 @@
+"""What is timed: the op, a block or a model, each as the contenders do it, and whether ours computes the same.
+
+    fused     this package, on the best backend for the device
+    eager     the same modules as separate PyTorch operations ("eager partial": C of D channels convolved)
+    naive     the paper's baseline before partial convolution: all D channels convolved, PyTorch operations
+    compile   torch.compile of eager
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..block import FusedGatedCNNBlock
+from ..models import ACTIVATION_LAYERS, VARIANTS, create_model
+from ..ops import gated_dwconv
+from . import accuracy, inputs
+from .shapes import Shape
+from .timing import Contender
+
+SUBJECTS = ("op", "block", "model")
+MODES = {
+    "fwd": "forward, under inference_mode",
+    "bwd": "backward alone, after a forward that is not timed",
+    "train": "forward and backward",
+}
+CONTENDERS = {
+    "fused": "fused", "eager": "eager partial", "naive": "naive full-channel", "compile": "torch.compile",
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+CHECKED_BATCH = 2  # fp64 is slow; every sample takes the same path
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One comparison: one subject in one mode, dtype, batch and shape (a stage; for a model its whole variant)."""
+
+    subject: str
+    mode: str
+    dtype: str
+    batch: int
+    shape: Shape
+    contenders: tuple[str, ...] = ("fused", "eager", "naive")
+    autocast: bool = False  # parameters stay fp32, PyTorch casts
+    source: str = "random"
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        return self.shape.variant if self.subject == "model" else self.shape.label
+
+
+@dataclass
+class Problem:
+    """A differentiable function of `leaves`: what all the contenders of a cell are made from."""
+
+    forward: Callable[[], Tensor]
+    leaves: dict[str, Tensor]  # what a training step differentiates by
+
+
+@dataclass
+class Workload:
+    contenders: list[Contender]
+    failures: dict[str, str]  # contender -> why it could not be built
+
+
+@contextmanager
+def _entered(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def _context(cell: Cell, backend: str | None) -> Callable[[], AbstractContextManager[None]]:
+    def enter() -> AbstractContextManager[None]:
+        contexts: list[AbstractContextManager[Any]] = []
+        if backend is not None:
+            contexts.append(backends.force(backend))
+        if cell.autocast:
+            contexts.append(torch.autocast(cell.device, DTYPES[cell.dtype]))
+        if cell.mode == "fwd":
+            contexts.append(torch.inference_mode())
+        return _entered(*contexts)
+
+    return enter
+
+
+def _stored_dtype(cell: Cell) -> torch.dtype:
+    return torch.float32 if cell.autocast else DTYPES[cell.dtype]
+
+
+def _op_problem(cell: Cell, full_channel: bool, dtype: torch.dtype) -> Problem:
+    u, weight, bias = inputs.op_inputs(cell.shape, cell.batch, cell.source, full_channel)
+    leaves = {
+        name: t.to(cell.device, _stored_dtype(cell)).to(dtype).requires_grad_(cell.mode != "fwd")
+        for name, t in (("u", u), ("weight", weight), ("bias", bias))
+    }
+    return Problem(lambda: gated_dwconv(leaves["u"], leaves["weight"], leaves["bias"], cell.shape.act), leaves)
+
+
+def _block_problem(cell: Cell, full_channel: bool, dtype: torch.dtype) -> Problem:
+    variant = VARIANTS[cell.shape.variant]
+    torch.manual_seed(0)
+    block = FusedGatedCNNBlock(
+        cell.shape.dim,
+        expansion_ratio=variant.expansion_ratio,
+        kernel_size=cell.shape.kernel_size,
+        conv_ratio=variant.expansion_ratio if full_channel else variant.conv_ratio,
+        act_layer=ACTIVATION_LAYERS[variant.act_layer],
+        ls_init_value=variant.ls_init_value,
+    )
+    x = inputs.block_input(cell.shape, cell.batch, cell.source)
+    return _module_problem(cell, block, x, dtype, wrt_input=True)
+
+
+def _model_problem(cell: Cell, full_channel: bool, dtype: torch.dtype) -> Problem:
+    name = cell.shape.variant
+    overrides = {"conv_ratio": VARIANTS[name].expansion_ratio} if full_channel else {}
+    torch.manual_seed(0)
+    model = create_model(name, **overrides).train(cell.mode != "fwd")
+    images = inputs.images(cell.batch, cell.shape.image_size, cell.source)
+    return _module_problem(cell, model, images, dtype, wrt_input=False)
+
+
+def _module_problem(cell: Cell, module: nn.Module, x: Tensor, dtype: torch.dtype, wrt_input: bool) -> Problem:
+    stored = _stored_dtype(cell)
+    module = module.to(cell.device, stored).to(dtype)
+    x = x.to(cell.device, stored).to(dtype).requires_grad_(wrt_input and cell.mode != "fwd")
+    leaves = dict(module.named_parameters())
+    if wrt_input:
+        leaves["x"] = x
+    return Problem(partial(module, x), leaves)
+
+
+_PROBLEMS = {"op": _op_problem, "block": _block_problem, "model": _model_problem}
+
+
+def problem(cell: Cell, full_channel: bool = False, dtype: torch.dtype | None = None) -> Problem:
+    """The cell's function on its inputs; in fp64, the same (rounded) values in fp64."""
+    return _PROBLEMS[cell.subject](cell, full_channel, dtype or _stored_dtype(cell))
+
+
+def _contender(name: str, cell: Cell, posed: Problem) -> Contender:
+    context = _context(cell, None if name == "fused" else "reference")
+    leaves = list(posed.leaves.values())
+    if cell.mode == "fwd":
+        return Contender(name, lambda _: posed.forward(), context=context)
+    with context():
+        y = posed.forward()
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
+    if cell.mode == "train":
+        return Contender(name, lambda _: torch.autograd.grad(posed.forward(), leaves, dy), context=context)
+    return Contender(name, lambda y: torch.autograd.grad(y, leaves, dy), posed.forward, context)
+
+
+def _compiled(posed: Problem) -> Problem:
+    torch.compiler.reset()  # else shapes met before make this one dynamic
+    return replace(posed, forward=torch.compile(posed.forward, fullgraph=True, dynamic=False))
+
+
+def build(cell: Cell) -> Workload:
+    """Every contender of the cell, ready to run; one that cannot be built is named with its reason instead."""
+    partial_channel = problem(cell)
+    workload = Workload([], {})
+    for name in cell.contenders:
+        posed = problem(cell, full_channel=True) if name == "naive" else partial_channel
+        try:
+            contender = _contender(name, cell, _compiled(posed) if name == "compile" else posed)
+            if name == "compile":
+                with contender.context():
+                    contender.run(contender.prepare())
+            workload.contenders.append(contender)
+        except Exception as error:
+            if name != "compile":
+                raise
+            workload.failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return workload
+
+
+def verify(cell: Cell) -> list[accuracy.Comparison]:
+    """Fused against fp64 beside eager: the output, and unless the mode is "fwd" every gradient; at most two samples."""
+    cell = replace(cell, batch=min(cell.batch, CHECKED_BATCH))
+    posed = problem(cell)
+    exact = _results(replace(cell, autocast=False), problem(cell, dtype=torch.float64), "reference")
+    return accuracy.compare_all(_results(cell, posed, None), _results(cell, posed, "reference"), exact)
+
+
+def _results(cell: Cell, posed: Problem, backend: str | None) -> Mapping[str, Tensor]:
+    with _context(cell, backend)():
+        y = posed.forward()
+        results = {"y": y}
+        if cell.mode != "fwd":
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[cell.dtype])
+            gradients = torch.autograd.grad(y, list(posed.leaves.values()), dy.to(y.device, y.dtype))
+            results |= {f"d{name}": t for name, t in zip(posed.leaves, gradients, strict=True)}
+    return copy.copy(results)
