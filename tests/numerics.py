@@ -1,0 +1,80 @@
+"""The one tolerance policy, and inputs for the op, for all tests and for `mambaout-kernels check`'s own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mambaout_kernels import backends, reference
+
+OUTPUTS = ("y", "du", "dweight", "dbias")
+
+
+def assert_no_worse(actual: Tensor, eager: Tensor, exact: Tensor, slack: float = 2.0) -> None:
+    """Our error against fp64 is within `slack` of eager's, plus one rounding."""
+    assert actual.dtype == eager.dtype
+    assert actual.shape == eager.shape
+    if actual.numel() == 0:
+        return
+    largest = exact.abs().max()
+    error, allowed = (actual.double() - exact).abs().max(), slack * (eager.double() - exact).abs().max()
+    rounding = torch.finfo(actual.dtype).eps * largest
+    # fp64 is the truth itself: any other order of the sums differs from it, by a few roundings per term
+    allowed = allowed + (0.5 * rounding if actual.dtype != torch.float64 else 100 * rounding)
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"  # `<=` also rejects NaN
+
+
+@dataclass
+class Inputs:
+    u: Tensor
+    weight: Tensor
+    bias: Tensor
+    dy: Tensor
+
+    def __iter__(self):
+        return iter((self.u, self.weight, self.bias))
+
+
+def make_inputs(N, H, W, D, C, K, dtype=torch.float32, weight_dtype=None, seed=0) -> Inputs:
+    """Gates over [-6, 6] and filters whose sum keeps s of order one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    parameter = weight_dtype or dtype
+    return Inputs(
+        (2 * normal(N, H, W, 2 * D)).to(dtype),
+        (normal(C, 1, K, K) / K).to(parameter),
+        normal(C).to(parameter),
+        normal(N, H, W, D).to(dtype),
+    )
+
+
+def eager(inputs: Inputs, act: str) -> tuple[Tensor, ...]:
+    """(y, du, dweight, dbias) of the plain PyTorch composition by autograd."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    # oneDNN generates code for depthwise filters beyond 9 x 9 for minutes
+    with torch.backends.mkldnn.flags(enabled=inputs.weight.shape[-1] <= 9):
+        y = reference.gated_dwconv(*leaves, act)
+        gradients = torch.autograd.grad(y, leaves, inputs.dy, allow_unused=True)
+    return (y.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)))
+
+
+def exact(inputs: Inputs, act: str) -> tuple[Tensor, ...]:
+    """The same in fp64, of the same rounded inputs."""
+    return eager(Inputs(*(t.double() for t in (*inputs, inputs.dy))), act)
+
+
+def check_backend(name: str, inputs: Inputs, act: str, expected=None) -> None:
+    """Forward and every gradient of a backend, against fp64 and beside eager; expected: (eager, exact), if known."""
+    theirs_of, truth_of = expected or (eager(inputs, act), exact(inputs, act))
+    backend = backends.load(name)
+    y = backend.gated_dwconv(*inputs, act)
+    gradients = backend.gated_dwconv_backward(inputs.dy, *inputs, act)
+    for output, ours, theirs, truth in zip(OUTPUTS, (y, *gradients), theirs_of, truth_of, strict=True):
+        try:
+            assert ours.is_contiguous()
+            assert_no_worse(ours, theirs, truth)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {output}: {error}") from None
