@@ -115,17 +115,29 @@ def _select_forced(name: str, u: Tensor, weight: Tensor) -> Backend:
     return backend
 
 
-@torch.compiler.assume_constant_result
-def _fused(device_type: str) -> bool:
-    """Whether any backend but the reference can be used on this type of device; one warning where one could be."""
-    if not _available(device_type) and device_type in _CANDIDATES:
-        reasons = "; ".join(f"{name}: {load(name).unavailable()}" for name in _CANDIDATES[device_type])
-        _warn_once(f"mambaout_kernels runs its PyTorch reference on {device_type} tensors ({reasons})")
-    return bool(_available(device_type))
+def _without_kernels(device_type: str) -> str | None:
+    """Why no backend but the reference can be used on this type of device; None where one can."""
+    if _available(device_type):
+        return None
+    return "; ".join(f"{name}: {load(name).unavailable()}" for name in _CANDIDATES[device_type])
+
+
+# Known once the package is imported, so that a compiler that traces `uses_reference` reads constants.
+_no_kernels: dict[str, str | None] = {"cpu": _without_kernels("cpu")}
+if torch.cuda.is_available():
+    _no_kernels["cuda"] = _without_kernels("cuda")
 
 
 def uses_reference(device_type: str) -> bool:
-    """Whether calls on this type of device run as plain PyTorch: forced to, or for lack of anything faster."""
+    """Whether calls on this type of device run as plain PyTorch: forced to, or for lack of anything faster.
+
+    Warns once per type of device on which a compiled or Triton backend could be had.
+    """
     if _forced is not None:
         return _forced == "reference"
-    return not _fused(device_type)
+    if device_type not in _no_kernels:
+        return True
+    reason = _no_kernels[device_type]
+    if reason is not None and not torch.compiler.is_compiling():
+        _warn_once(f"mambaout_kernels runs its PyTorch reference on {device_type} tensors ({reason})")
+    return reason is not None
