@@ -88,8 +88,8 @@ NhwcView view(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// A large new tensor is about to be written for the first time: ask for huge pages, so that Linux does it in hundreds of
-// page faults less per MiB. A fault costs about what the op computes on the 4 KiB behind it.
+// A large new tensor is about to be written for the first time: ask for huge pages, so that Linux does it in hundreds
+// of page faults less per MiB. A fault costs about what the op computes on the 4 KiB behind it.
 constexpr std::uintptr_t kHugePage = 2 << 20;
 void advise_huge_pages(const Tensor& tensor) {
 #ifdef MADV_HUGEPAGE

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .checks import MAX_KERNEL_SIZE
+from .norm_linear import applies, hooked, norm_linear
 from .ops import gated_dwconv
 from .reference import ACTIVATIONS, activation
 
@@ -65,12 +66,6 @@ def activation_name(act: nn.Module) -> str | None:
         return next((name for name in ACTIVATIONS if torch.allclose(y, activation(x, name), rtol=0, atol=1e-9)), None)
     except Exception:  # a foreign class may do anything; if it cannot be checked, it is not fused
         return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class DropPath(nn.Module):
@@ -129,8 +124,9 @@ class FusedGatedCNNBlock(nn.Module):
         TypeError: an unknown argument, or one of the wrong type.
         ValueError: an argument out of range, or an input that is not (N, H, W, dim) floating point.
 
-    norm, fc1, fc2, ls and drop_path are called as modules, so their hooks and replacements work. The fused op reads
-    conv's parameters and act's name without calling these two. Where that would change the result (hooks, or a conv
+    fc2, ls and drop_path are called as modules, so their hooks and replacements work; so are norm and fc1, unless they
+    are the plain ones without hooks, whose parameters `norm_linear` reads in training. The fused op reads conv's
+    parameters and act's name without calling these two. Where that would change the result (hooks, or a conv
     that is no longer the plain depthwise one: parametrized, dilated, replaced) the block calls them, with one warning;
     `unfused_reason()` tells.
     """
@@ -181,7 +177,7 @@ class FusedGatedCNNBlock(nn.Module):
         """Why forward composes PyTorch calls instead of running the fused op; None when it runs the op."""
         if self.op_act is None:
             return f"act {type(self.act).__name__} is none of {', '.join(ACTIVATIONS)}"
-        if _hooked(self.act):
+        if hooked(self.act):
             return "act has hooks"
         conv, channels = self.conv, self.split_indices[2]
         if channels == 0:
@@ -199,7 +195,7 @@ class FusedGatedCNNBlock(nn.Module):
             or conv.padding_mode != "zeros"
         ):
             return f"conv is {conv}, not depthwise with a bias, stride 1, dilation 1 and zero padding kernel_size // 2"
-        return "conv has hooks" if _hooked(conv) else None
+        return "conv has hooks" if hooked(conv) else None
 
     @staticmethod
     def _unfused_warning(reason: str) -> str:
@@ -229,7 +225,9 @@ class FusedGatedCNNBlock(nn.Module):
             raise ValueError(
                 f"x must be (N, H, W, {self.dim}), channels last, floating point; got {tuple(x.shape)} of {x.dtype}"
             )
-        y = self._middle(self.fc1(self.norm(x)))
+        norm: Any = self.norm
+        u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else self.fc1(norm(x))
+        y = self._middle(u)
         return self.drop_path(self.ls(self.fc2(y))) + x
 
     def extra_repr(self) -> str:

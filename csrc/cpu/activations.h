@@ -54,7 +54,8 @@ inline Vec sigmoid(Vec x) {
   return select_less(x, broadcast(-88.0f), broadcast(0.0f), result);
 }
 
-// kHalf: the result is rounded to bf16 or fp16; the tables of lower degree are 20 times finer than that rounding or more.
+// kHalf: the result is rounded to bf16 or fp16; the tables of lower degree are 20 times finer than that rounding or
+// more.
 template <Act act, bool kHalf>
 struct Gate;
 

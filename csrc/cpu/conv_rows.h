@@ -56,7 +56,7 @@ struct FilterRows {
 
 // out[0 .. kTile) = bias + sum_{kh,kw} x * weight, at columns w .. w + kTile. kFilter: K where it is known, else 0.
 template <int kFilter, int kTile, typename V>
-inline void conv_tile(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out) {
+[[gnu::noinline]] void conv_tile(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out) {
   V accumulator[kTile];
 #pragma GCC unroll 16
   for (int t = 0; t < kTile; ++t) accumulator[t] = bias;

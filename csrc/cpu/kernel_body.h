@@ -140,14 +140,10 @@ inline void select_rows(const Geometry<V>& geometry, const Ring<V>& ring, std::i
 template <int kTile, typename V>
 inline void conv_tile_any(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out) {
   switch (rows.K) {
-    case 7:
-      return conv_tile<7, kTile>(rows, w, bias, out);
-    case 5:
-      return conv_tile<5, kTile>(rows, w, bias, out);
-    case 3:
-      return conv_tile<3, kTile>(rows, w, bias, out);
-    default:
-      return conv_tile<0, kTile>(rows, w, bias, out);
+    case 7: return conv_tile<7, kTile>(rows, w, bias, out);
+    case 5: return conv_tile<5, kTile>(rows, w, bias, out);
+    case 3: return conv_tile<3, kTile>(rows, w, bias, out);
+    default: return conv_tile<0, kTile>(rows, w, bias, out);
   }
 }
 template <typename V>
@@ -277,7 +273,8 @@ void backward_block(const BackwardTask& task) {
         for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
           const V g = load_lanes<V>(u + geometry.gate + offset, lanes);
           store(to_c + offset * step, load_lanes<V>(u + geometry.conv + offset, lanes));
-          store(to_e + offset * step, load_lanes<V>(dy + geometry.gate + offset, lanes) * GateOf<act, Element>::value(g));
+          store(to_e + offset * step,
+                load_lanes<V>(dy + geometry.gate + offset, lanes) * GateOf<act, Element>::value(g));
         });
       }
     }

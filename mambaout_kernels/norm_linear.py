@@ -1,0 +1,84 @@
+"""LayerNorm followed by Linear, which keeps the input of both for backward and recomputes what lies between.
+
+u = linear(layer_norm(x)). PyTorch keeps x for the norm and layer_norm(x) for the linear; the latter is cheap to have
+again, and is a tenth of what a Gated CNN block keeps.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends
+
+
+class _NormLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        normed, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), gamma, beta, eps)
+        return F.linear(normed, weight, bias), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, gamma, beta, ctx.eps, weight, bias = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, gamma, beta, weight, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, weight, mean, rstd = ctx.saved_tensors
+        needs_x, needs_gamma, needs_beta, _, needs_weight, needs_bias = ctx.needs_input_grad
+        du_rows = du.reshape(-1, du.shape[-1])
+        dweight = dbias = None
+        if needs_weight:
+            normed = F.layer_norm(x, (x.shape[-1],), gamma, beta, ctx.eps)
+            dweight = du_rows.t() @ normed.reshape(-1, x.shape[-1])
+        if needs_bias and ctx.has_bias:
+            dbias = du_rows.sum(dim=0)
+        dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+            (du_rows @ weight).view(x.shape),
+            x,
+            [x.shape[-1]],
+            mean,
+            rstd,
+            gamma,
+            beta,
+            [needs_x, needs_gamma, needs_beta and beta is not None],
+        )
+        return dx, dgamma, dbeta, None, dweight, dbias
+
+
+def applies(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
+    """Whether `norm_linear` computes what calling the two modules would, and keeps less.
+
+    It does for plain modules of x's dtype, without hooks, outside autocast and compilers, when gradients are wanted; not
+    on the reference, which is plain PyTorch.
+    """
+    if backends.uses_reference(x.device.type):
+        return False
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if type(norm) is not nn.LayerNorm or type(linear) is not nn.Linear or hooked(norm) or hooked(linear):
+        return False
+    gamma = norm.weight
+    return gamma is not None and gamma.dtype == linear.weight.dtype == x.dtype and norm.normalized_shape == x.shape[-1:]
+
+
+def norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(norm(x)), (..., dim) to (..., out_features)."""
+    u, _, _ = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
+    return u
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
