@@ -22,7 +22,7 @@ WARNING: mambaout_kernels is being installed without its compiled {kernels} kern
 """
 NO_CPU = """It works, on the PyTorch reference, which is slower. To get the kernels: a C++20 compiler
 (GCC >= 11 or Clang >= 14), then
-  pip install torch cmake ninja pybind11 && pip install --no-build-isolation ."""
+  pip install torch cmake ninja pybind11 'setuptools>=77' && pip install --no-build-isolation ."""
 NO_CUDA = "CPU tensors run on the compiled kernels; CUDA tensors on Triton, or else on the PyTorch reference."
 
 
@@ -33,6 +33,8 @@ class CMakeBuild(build_ext):
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         self.destination = package / "mambaout_kernels"
         self.build = Path(self.build_temp).resolve()
+        if self.editable_mode:  # setuptools would throw the tree away, and compile all of it again next time
+            self.build = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         if self._attempt("CPU", NO_CPU, "_C*", self._configure, self._build_cpu):
             self._attempt("CUDA", NO_CUDA, "_C_cuda*", self._build_all)
 

@@ -49,7 +49,7 @@ def test_only_torchs_stable_abi_is_used():
 
 @needs_module
 @needs_nm
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_nothing_leaks_from_the_code_of_an_instruction_set(isa):
     """Else the linker may take an inline function from there for the whole program, on any processor."""
     objects = list(ROOT.glob(f"build/temp*/CMakeFiles/*/csrc/cpu/kernels_{isa}.cpp.*"))

@@ -6,6 +6,7 @@
 #include "convert.h"
 #include "gated_dwconv_cpu.h"
 #include "kernels.h"
+#include "packed_pairs.h"
 
 namespace mambaout_kernels::cpu {
 namespace {
@@ -30,13 +31,22 @@ char* align(void* p) {
 const Kernels* kernels_of(Isa isa, DType dtype) {
   switch (isa) {
 #ifdef MAMBAOUT_X86
+    case Isa::kAvx512Bf16: {
+      const Kernels* kernels = kernels_avx512_bf16(dtype);
+      return kernels != nullptr ? kernels : kernels_avx512(dtype);
+    }
     case Isa::kAvx512: return kernels_avx512(dtype);
     case Isa::kAvx2: return kernels_avx2(dtype);
 #endif
     default: return kernels_portable(dtype);
   }
 }
-Isa best_isa() { return supported(Isa::kAvx512) ? Isa::kAvx512 : supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kPortable; }
+Isa best_isa() {
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
+    if (supported(isa)) return isa;
+  }
+  return Isa::kPortable;
+}
 std::atomic<Isa> g_isa{best_isa()};
 
 const Kernels& current_kernels(DType dtype) {
@@ -154,34 +164,48 @@ void run_tasks(std::int64_t tasks, int num_threads, ParallelFor parallel_for, co
 
 // weight (C, K, K) -> [vectors][K * K][lanes]; lanes beyond C are zero.
 template <typename Accumulator>
-void pack(const Plan& plan, const void* weight, const void* bias, void* packed_weight, void* packed_bias) {
+void pack_weight(const Plan& plan, const void* weight, void* packed) {
   const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K, L = plan.kernels.lanes;
-  auto* w = static_cast<Accumulator*>(packed_weight);
-  auto* b = static_cast<Accumulator*>(packed_bias);
   with_element_type(plan.shape.weight_dtype, [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(weight);
     for (std::int64_t c = 0; c < plan.vectors * L; ++c) {
-      Accumulator* to = w + (c / L * taps) * L + c % L;
-      if (c < plan.shape.C) {
-        for (std::int64_t k = 0; k < taps; ++k) to[k * L] = static_cast<Accumulator>(widen(from[c * taps + k]));
-      } else {
-        for (std::int64_t k = 0; k < taps; ++k) to[k * L] = 0;
+      Accumulator* to = static_cast<Accumulator*>(packed) + c / L * taps * L + c % L;
+      for (std::int64_t k = 0; k < taps; ++k) {
+        to[k * L] = c < plan.shape.C ? static_cast<Accumulator>(widen(from[c * taps + k])) : 0;
       }
     }
   });
+}
+
+// weight (C, 7, 7) in bf16 -> [vectors][7], by pairs.
+void pack_pairs(const Plan& plan, const void* weight, void* packed) {
+  const auto* from = static_cast<const BFloat16*>(weight);
+  auto* to = static_cast<PackedPairRow*>(packed);
+  std::memset(to, 0, sizeof(PackedPairRow) * plan.vectors * kPairFilter);
+  for (std::int64_t c = 0; c < plan.shape.C; ++c) {
+    for (int kh = 0; kh < kPairFilter; ++kh) {
+      PackedPairRow& row = to[c / kPairLanes * kPairFilter + kh];
+      const BFloat16* taps = from + (c * kPairFilter + kh) * kPairFilter;
+      for (int kw = 0; kw + 1 < kPairFilter; ++kw) row.pairs[kw / 2][c % kPairLanes][kw % 2] = taps[kw];
+      row.last[c % kPairLanes] = widen(taps[kPairFilter - 1]);
+    }
+  }
+}
+
+template <typename Accumulator>
+void pack_bias(const Plan& plan, const void* bias, void* packed) {
   with_element_type(plan.shape.bias_dtype, [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(bias);
-    for (std::int64_t c = 0; c < plan.vectors * L; ++c) {
-      b[c] = c < plan.shape.C ? static_cast<Accumulator>(widen(from[c])) : 0;
+    for (std::int64_t c = 0; c < plan.vectors * plan.kernels.lanes; ++c) {
+      static_cast<Accumulator*>(packed)[c] = c < plan.shape.C ? static_cast<Accumulator>(widen(from[c])) : 0;
     }
   });
 }
-void pack(const Plan& plan, const void* weight, const void* bias, void* packed_weight, void* packed_bias) {
-  if (plan.kernels.accumulator_bytes == 8) {
-    pack<double>(plan, weight, bias, packed_weight, packed_bias);
-  } else {
-    pack<float>(plan, weight, bias, packed_weight, packed_bias);
-  }
+
+void pack(const Plan& plan, bool pairs, const void* weight, const void* bias, void* packed_weight, void* packed_bias) {
+  const bool fp64 = plan.kernels.accumulator_bytes == 8;
+  (fp64 ? pack_bias<double> : pack_bias<float>)(plan, bias, packed_bias);
+  (pairs ? pack_pairs : fp64 ? pack_weight<double> : pack_weight<float>)(plan, weight, packed_weight);
 }
 
 // dweight and dbias of one vector of channels: the partial sums of all rectangles, added in order, in fp64.
@@ -214,7 +238,7 @@ void reduce(const Plan& plan, const GatedDwconvBackward& args, const char* parti
 
 bool compiled(Isa isa) {
 #ifdef MAMBAOUT_X86
-  return isa == Isa::kPortable || isa == Isa::kAvx2 || isa == Isa::kAvx512;
+  return isa >= Isa::kPortable && isa <= Isa::kAvx512Bf16;
 #else
   return isa == Isa::kPortable;
 #endif
@@ -226,9 +250,10 @@ bool supported(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::kAvx2) return avx2;
-  if (isa == Isa::kAvx512) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) {
+    return (isa == Isa::kAvx512 || __builtin_cpu_supports("avx512bf16")) && avx2 && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
   }
 #endif
   return true;
@@ -236,6 +261,7 @@ bool supported(Isa isa) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx2: return "avx2";
     case Isa::kPortable: return "portable";
@@ -263,10 +289,13 @@ void forward(const GatedDwconvForward& args, int num_threads, void* workspace, P
   const Plan plan = make_plan(args.shape, true, num_threads);
   const Workspace at = lay_out(plan, true, num_threads);
   char* base = align(workspace);
-  pack(plan, args.weight, args.bias, base + at.weight, base + at.bias);
+  const bool pairs = plan.kernels.forward_pairs != nullptr && args.shape.K == kPairFilter &&
+                     args.shape.weight_dtype == DType::kBFloat16;
+  pack(plan, pairs, args.weight, args.bias, base + at.weight, base + at.bias);
+  const auto run = pairs ? plan.kernels.forward_pairs : plan.kernels.forward;
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
-    plan.kernels.forward({&args, plan.block(task), base + at.weight, base + at.bias,
-                          base + at.windows + slot * at.window_bytes, plan.prefetch});
+    run({&args, plan.block(task), base + at.weight, base + at.bias, base + at.windows + slot * at.window_bytes,
+         plan.prefetch});
   });
 }
 
@@ -274,7 +303,7 @@ void backward(const GatedDwconvBackward& args, int num_threads, void* workspace,
   const Plan plan = make_plan(args.shape, false, num_threads);
   const Workspace at = lay_out(plan, false, num_threads);
   char* base = align(workspace);
-  pack(plan, args.weight, args.bias, base + at.weight, base + at.bias);
+  pack(plan, false, args.weight, args.bias, base + at.weight, base + at.bias);
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     char* partial = base + at.partials + task / plan.groups * at.partial_bytes;
     plan.kernels.backward({&args, plan.block(task), base + at.weight, base + at.bias,

@@ -1,8 +1,6 @@
-""
-    "Writes activation_tables.h: piecewise polynomials of the gates, for vector units that look up by permutation.
+"""Writes activation_tables.h: piecewise polynomials of the gates, for vector units that look up by permutation.
 
-    For an activation
-    act(x) = x * F(x) with F(x) + F(-x) = 1 the kernels look up, at a = |x|,
+For an activation act(x) = x * F(x) with F(x) + F(-x) = 1 the kernels look up, at a = |x|,
     value:  r(a) = F(-a)                    act(x)  = max(x, 0) - a * r(a)
     slope:  p(a) = act'(-a)                 act'(x) = p(a) for x < 0, else 1 - p(a)
 Both are small where the activation is, so that its tails keep their accuracy; beyond `limit` they count as 0.
@@ -36,8 +34,9 @@ def gelu_tanh_slope(a):
     r = gelu_tanh_value(a)
     return r - a * r * (1 - r) * 2 * TANH_SCALE * (1 + 3 * TANH_CUBIC * a * a)
 
-#(pieces, degree, degree where the result is rounded to 16 bits) : one register of 8 or 16 lanes holds one coefficient
-#of every piece.
+
+# (pieces, degree, degree where the result is rounded to 16 bits): one register of 8 or 16 lanes holds one coefficient
+# of every piece.
 SHAPES = [(8, 7, 5), (16, 5, 3)]
 FUNCTIONS = [
     ("GeluValue", gelu_value, 5.6),

@@ -166,11 +166,37 @@ inline void weight_gradient_row_any(const FilterRows<V>& rows, const typename V:
   }
 }
 
+// How the forward keeps and convolves the conv channels: in fp32.
+template <typename Element>
+struct Fp32Convolution {
+  using V = typename VecOf<Element>::type;
+  using Scalar = typename V::Scalar;
+
+  static void fill_row(const Geometry<V>& geometry, const Ring<V>& ring, const NhwcView& u, std::int64_t h) {
+    const std::int64_t step = geometry.shape.K * ring.padded_width;  // from vector to vector, over lanes
+    for (std::int64_t w = geometry.halo0; w < geometry.halo1; ++w) {
+      const Element* c = pixel<Element>(u, geometry.block.n, h, w) + geometry.conv;
+      Scalar* to = ring.row(0, h) + (w - geometry.halo0 + geometry.ring_column0) * V::kLanes;
+      for_each_vector<V::kLanes>(geometry.channels, [&](std::int64_t offset, int lanes) {
+        store(to + offset * step, load_lanes<V>(c + offset, lanes));
+      });
+    }
+  }
+  template <int kTile>
+  static void convolve(const Geometry<V>& geometry, const Ring<V>& ring, const void* weight, std::int64_t vector,
+                       std::int64_t h, std::int64_t w, V bias, Scalar* out) {
+    const Scalar* x[kMaxFilter];
+    FilterRows<V> rows;
+    select_rows(geometry, ring, vector, h, weight, false, x, &rows);
+    conv_tile_any<kTile>(rows, w, bias, out);
+  }
+};
+
 // y = act(g) * s
 //
 // A row is worked off in tiles along W: convolve all vectors of the tile, then gate it. While the convolution computes
 // in L1, the tile's gate and identity channels and the conv channels of the row to come are on their way.
-template <Act act, typename Element>
+template <Act act, typename Element, typename Convolution>
 void forward_block(const ForwardTask& task) {
   using V = typename VecOf<Element>::type;
   using Scalar = typename V::Scalar;
@@ -189,23 +215,12 @@ void forward_block(const ForwardTask& task) {
 
   std::int64_t filled = geometry.row_begin(block.h0);
   for (std::int64_t h = block.h0; h < block.h1; ++h) {
-    for (; filled < geometry.row_end(h); ++filled) {
-      for (std::int64_t w = geometry.halo0; w < geometry.halo1; ++w) {
-        const Element* c = pixel<Element>(args.u, block.n, filled, w) + geometry.conv;
-        Scalar* to = ring.row(0, filled) + (w - geometry.halo0 + geometry.ring_column0) * L;
-        const std::int64_t step = args.shape.K * ring.padded_width;  // from vector to vector, over lanes
-        for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
-          store(to + offset * step, load_lanes<V>(c + offset, lanes));
-        });
-      }
-    }
+    for (; filled < geometry.row_end(h); ++filled) Convolution::fill_row(geometry, ring, args.u, filled);
     for_each_tile<V>(geometry.width, [&](auto tile, std::int64_t begin) {
       constexpr int kTile = decltype(tile)::value;
       for (std::int64_t v = 0; v < vectors; ++v) {
-        const Scalar* x[kMaxFilter];
-        FilterRows<V> rows;
-        select_rows(geometry, ring, v, h, task.weight, false, x, &rows);
-        conv_tile_any<kTile>(rows, begin, load(bias + v * L), s + v * kTile * L);
+        Convolution::template convolve<kTile>(geometry, ring, task.weight, v, h, begin, load(bias + v * L),
+                                              s + v * kTile * L);
         if (!task.prefetch) continue;
         for (std::int64_t t = kTile * v / vectors; t < kTile * (v + 1) / vectors; ++t) {
           const std::int64_t w = block.w0 + begin + t;
@@ -325,13 +340,13 @@ void backward_block(const BackwardTask& task) {
   }
 }
 
-template <typename Element>
+template <typename Element, typename Convolution>
 void forward_any(const ForwardTask& task) {
   switch (task.args->shape.act) {
-    case Act::kGelu: return forward_block<Act::kGelu, Element>(task);
-    case Act::kGeluTanh: return forward_block<Act::kGeluTanh, Element>(task);
-    case Act::kSilu: return forward_block<Act::kSilu, Element>(task);
-    case Act::kIdentity: return forward_block<Act::kIdentity, Element>(task);
+    case Act::kGelu: return forward_block<Act::kGelu, Element, Convolution>(task);
+    case Act::kGeluTanh: return forward_block<Act::kGeluTanh, Element, Convolution>(task);
+    case Act::kSilu: return forward_block<Act::kSilu, Element, Convolution>(task);
+    case Act::kIdentity: return forward_block<Act::kIdentity, Element, Convolution>(task);
   }
 }
 template <typename Element>
@@ -347,7 +362,8 @@ void backward_any(const BackwardTask& task) {
 template <typename Element>
 constexpr Kernels kernels_for() {
   using V = typename VecOf<Element>::type;
-  return {V::kLanes, sizeof(typename V::Scalar), forward_any<Element>, backward_any<Element>};
+  return {V::kLanes, sizeof(typename V::Scalar), forward_any<Element, Fp32Convolution<Element>>, nullptr,
+          backward_any<Element>};
 }
 
 }  // namespace

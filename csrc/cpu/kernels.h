@@ -15,7 +15,7 @@ struct Block {
 struct ForwardTask {
   const GatedDwconvForward* args;
   Block block;
-  const void* weight;  // packed: [ceil(C / lanes)][K * K][lanes], accumulator type
+  const void* weight;  // packed: [ceil(C / lanes)][K * K][lanes], accumulator type; or as forward_pairs wants it
   const void* bias;    // packed: [ceil(C / lanes)][lanes]
   void* window;        // forward_window_elements()
   bool prefetch;       // the tensors are larger than the caches
@@ -35,6 +35,8 @@ struct Kernels {
   int lanes;
   int accumulator_bytes;  // 4: float, 8: double
   void (*forward)(const ForwardTask&);
+  // Null, or the forward for a 7 x 7 filter in bf16, packed for dot products of pairs (bf16_pairs.h).
+  void (*forward_pairs)(const ForwardTask&);
   void (*backward)(const BackwardTask&);
 };
 
@@ -48,7 +50,8 @@ inline std::int64_t backward_window_elements(std::int64_t width, std::int64_t ve
 }
 
 const Kernels* kernels_portable(DType dtype);
-const Kernels* kernels_avx2(DType dtype);    // null for fp64
-const Kernels* kernels_avx512(DType dtype);  // null for fp64
+const Kernels* kernels_avx2(DType dtype);         // null for fp64
+const Kernels* kernels_avx512(DType dtype);       // null for fp64
+const Kernels* kernels_avx512_bf16(DType dtype);  // null but for bf16
 
 }  // namespace mambaout_kernels::cpu
