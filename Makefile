@@ -37,7 +37,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(READY): $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
-	$(RUN) -m pip install --quiet "cmake>=3.18" ninja "pybind11>=2.12" "setuptools>=77" wheel
+	$(RUN) -m pip install --quiet "cmake>=3.18" ninja "pybind11>=2.12" "setuptools>=77"
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	$(RUN) -m mambaout_kernels info
 	touch $@

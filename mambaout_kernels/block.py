@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .checks import MAX_KERNEL_SIZE
-from .norm_linear import applies, hooked, norm_linear
+from .norm_linear import applies, hooked, linear, norm_linear
 from .ops import gated_dwconv
 from .reference import ACTIVATIONS, activation
 
@@ -124,11 +124,11 @@ class FusedGatedCNNBlock(nn.Module):
         TypeError: an unknown argument, or one of the wrong type.
         ValueError: an argument out of range, or an input that is not (N, H, W, dim) floating point.
 
-    fc2, ls and drop_path are called as modules, so their hooks and replacements work; so are norm and fc1, unless they
-    are the plain ones without hooks, whose parameters `norm_linear` reads in training. The fused op reads conv's
-    parameters and act's name without calling these two. Where that would change the result (hooks, or a conv
-    that is no longer the plain depthwise one: parametrized, dilated, replaced) the block calls them, with one warning;
-    `unfused_reason()` tells.
+    norm, ls and drop_path are called as modules, so their hooks and replacements work; so are fc1 and fc2, unless
+    they are plain nn.Linear without hooks, whose parameters are read (norm_linear.py; norm's too, in training). The
+    fused op reads conv's parameters and act's name without calling these two. Where that would change the result
+    (hooks, or a conv that is no longer the plain depthwise one: parametrized, dilated, replaced) the block calls them,
+    with one warning; `unfused_reason()` tells.
     """
 
     op_act: str | None
@@ -226,9 +226,9 @@ class FusedGatedCNNBlock(nn.Module):
                 f"x must be (N, H, W, {self.dim}), channels last, floating point; got {tuple(x.shape)} of {x.dtype}"
             )
         norm: Any = self.norm
-        u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else self.fc1(norm(x))
+        u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else linear(self.fc1, norm(x))
         y = self._middle(u)
-        return self.drop_path(self.ls(self.fc2(y))) + x
+        return self.drop_path(self.ls(linear(self.fc2, y))) + x
 
     def extra_repr(self) -> str:
         hidden, _, conv_channels = self.split_indices

@@ -20,8 +20,8 @@ try:
 except ImportError as error:
     module = None
     _reason = (
-        f"the compiled module mambaout_kernels._C is not there ({error}); with a C++ compiler, "
-        "pip install cmake ninja pybind11 && pip install --no-build-isolation --force-reinstall --no-deps ."
+        f"the compiled module cannot be loaded ({error}); with a C++ compiler, from the sources: "
+        "pip install cmake ninja pybind11 'setuptools>=77' && pip install --no-build-isolation ."
     )
 
 

@@ -1,0 +1,73 @@
+"""Bars of how many times as fast as eager each contender is: a panel per subject, mode, dtype and number of threads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .measure import Row
+from .report import precision
+from .workloads import CONTENDERS
+
+COLOURS = {"naive": "#b8b8b8", "eager": "#7f7f7f", "compile": "#e39b3b", "fused": "#2c6fbb"}
+ORDER = ("naive", "eager", "compile", "fused")
+COLUMNS = 4
+
+
+def draw(path: Path, rows: Sequence[Row], title: str) -> bool:
+    """Write a PNG; False, and no file, when no row has a speed-up. Needs matplotlib."""
+    rows = [row for row in rows if row.get("speedup") is not None]
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys((row["subject"], row["mode"]) for row in rows))  # a line of panels, or several, of each
+    runs = list(dict.fromkeys((precision(row), row["threads"]) for row in rows))
+    names = [name for name in ORDER if any(row["contender"] == name for row in rows)]
+    widest = max(len({(row["label"], row["batch"]) for row in rows if row["subject"] == kind}) for kind, _ in kinds)
+    columns = min(len(runs), COLUMNS if widest <= 4 else COLUMNS // 2)
+    lines_each = -(-len(runs) // columns)
+    figure, axes = pyplot.subplots(
+        lines_each * len(kinds), columns, squeeze=False, layout="constrained",
+        figsize=(0.8 + max(3.4, 0.85 * widest) * columns, 1.0 + 2.4 * lines_each * len(kinds)),
+    )  # fmt: skip
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for at, (subject, mode) in enumerate(kinds):
+        of_kind = [row for row in rows if (row["subject"], row["mode"]) == (subject, mode)]
+        top = 1.15 * max(row["speedup"] for row in of_kind)
+        for index, (dtype, threads) in enumerate(runs):
+            ax = axes[at * lines_each + index // columns][index % columns]
+            members = [row for row in of_kind if (precision(row), row["threads"]) == (dtype, threads)]
+            if members:
+                _bars(ax, members, names)
+                ax.set_ylim(0, top)
+                ax.set_title(f"{subject} {mode}, {dtype}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(f"times as fast as eager partial\n{title}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def _bars(ax: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    groups = list(dict.fromkeys((row["label"], row["batch"]) for row in rows))
+    width = 0.84 / len(names)
+    ax.set_axis_on()
+    for index, name in enumerate(names):
+        by_group = {(row["label"], row["batch"]): row["speedup"] for row in rows if row["contender"] == name}
+        found = [at for at, group in enumerate(groups) if group in by_group]
+        positions = [at + (index - (len(names) - 1) / 2) * width for at in found]
+        heights = [by_group[groups[at]] for at in found]
+        bars = ax.bar(positions, heights, 0.94 * width, label=CONTENDERS[name], color=COLOURS[name])
+        if name in ("fused", "compile"):
+            ax.bar_label(bars, fmt="%.2f" if max(heights, default=0) < 3 else "%.1f", fontsize=7, padding=1)
+    ax.axhline(1, color="#444444", linewidth=0.7)
+    ax.set_xticks(range(len(groups)), [f"{label}\nbatch {batch}" for label, batch in groups], fontsize=7.5)
+    middle, half = (len(groups) - 1) / 2, max(len(groups), 2) / 2 + 0.1
+    ax.set_xlim(middle - half, middle + half)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,222 @@
+"""bench: times the op, a block, a model, the overhead of a call, or the main job, beside PyTorch."""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import backends
+from ..benchmarking import inputs, machine, plot, report, shapes, workloads
+from ..benchmarking.measure import Row
+from ..benchmarking.run import Outcome, WorkerError
+from ..benchmarking.run import run as run_jobs
+from ..benchmarking.worker import Job
+from ..benchmarking.workloads import Cell
+from .terminal import UsageError, comma_list, one_of, positive, positive_seconds, progress, require, show_table
+
+_MODES = {**{mode: mode for mode in workloads.MODES}, "infer": "fwd"}
+_HELP = {
+    "op": "the fused op alone: split, convolution, activation, cat, product",
+    "block": "a whole Gated CNN block; with the memory of a training step",
+    "model": "a whole model",
+    "main": "op, blocks and model on real photographs: what `make bench` runs",
+    "overhead": "what a call of the op costs in Python",
+}
+_DEFAULT_MODES = {"op": ["fwd", "bwd"], "block": ["fwd", "train"], "model": ["fwd"]}
+
+
+def add_to(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="speed and memory beside PyTorch",
+        description="Contenders take turns in one process per number of threads; one thread is pinned to a core. Times "
+        "are minimum and median; ratios are of medians. Modes: "
+        + "; ".join(f"{mode}: {meaning}" for mode, meaning in workloads.MODES.items())
+        + "; infer: the same as fwd.",
+    )
+    subjects = bench.add_subparsers(required=True, metavar="WHAT", dest="what")
+    for name, text in _HELP.items():
+        command = subjects.add_parser(name, help=text, description=text, epilog=bench.description)
+        _add_common(command, name)
+        if name != "overhead":
+            _add_selection(command, name)
+        command.set_defaults(run=run)
+
+
+def _add_common(command: argparse.ArgumentParser, name: str) -> None:
+    cores = len(machine.usable_cores())
+    threads = [1] if name == "overhead" else sorted({1, cores})
+    command.add_argument("--threads", type=comma_list(positive), default=threads, metavar="N,..",
+                         help=f"default: {','.join(map(str, threads))}")  # fmt: skip
+    command.add_argument("--budget", type=positive_seconds, metavar="SECONDS",
+                         default=0.5 if name == "main" else 1.0,
+                         help="per comparison, warm-up aside; at least 5 rounds; default: %(default)s")  # fmt: skip
+    command.add_argument("--out", type=Path, metavar="DIR", default=Path("bench-results") if name == "main" else None,
+                         help="write NAME.json, .csv and .png there; default: %(default)s")  # fmt: skip
+    command.add_argument("--plot", action=argparse.BooleanOptionalAction, default=name != "overhead",
+                         help="the PNG among the files, by matplotlib")  # fmt: skip
+
+
+def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
+    variants, main = shapes.variants(), name == "main"
+    command.add_argument("--variant", type=comma_list(one_of(variants)), default=variants[:1], metavar="NAMES",
+                         help=f"of {', '.join(variants)}; default: {variants[0]}")  # fmt: skip
+    command.add_argument("--dtype", type=comma_list(one_of(list(workloads.DTYPES))), default=["fp32", "bf16"],
+                         metavar="NAMES", help=f"of {', '.join(workloads.DTYPES)}; default: fp32,bf16")  # fmt: skip
+    batches = [8] if main else list(shapes.batches())
+    command.add_argument("--batch", type=comma_list(positive), default=batches, metavar="N,..",
+                         help=f"default: {','.join(map(str, batches))}")  # fmt: skip
+    if not main:
+        command.add_argument("--mode", type=comma_list(one_of(list(_MODES))), default=_DEFAULT_MODES[name],
+                             metavar="NAMES", help=f"of {', '.join(_MODES)}; default: "
+                             f"{','.join(_DEFAULT_MODES[name])}")  # fmt: skip
+    if name in ("op", "block"):
+        command.add_argument("--stage", type=comma_list(positive), default=[], metavar="N,..",
+                             help="of the variant, from 1; default: all")  # fmt: skip
+    command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=name == "model",
+                         help="torch.compile of eager too; takes minutes")  # fmt: skip
+    command.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True,
+                         help="the naive full-channel baseline too")  # fmt: skip
+    command.add_argument("--device", type=one_of(["auto", "cpu", "cuda"]), default="auto",
+                         help="auto: cuda where a backend for it can run, else cpu")  # fmt: skip
+    source = "random" if name in ("op", "block") else "photographs"
+    command.add_argument("--input", type=one_of(inputs.SOURCES), default=source,
+                         help=f"{' or '.join(inputs.SOURCES)} (scikit-image's); default: {source}")  # fmt: skip
+    if name != "op":
+        command.add_argument("--autocast", action="store_true",
+                             help="parameters stay fp32 and PyTorch casts, as in mixed-precision training")  # fmt: skip
+    if name == "block":
+        command.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True,
+                             help="measure the memory of a training step too")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    _require(args)
+    jobs = _jobs(args)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del settings["run"]
+    warnings = machine.unquiet()
+    for warning in warnings:
+        print(f"warning: not a quiet machine: {warning}", file=sys.stderr)
+    try:
+        with progress(sum(job.steps for job in jobs)) as step:
+            outcome = run_jobs(jobs, lambda job, text: step(f"{text}, {_threads(job.threads)}"))
+    except WorkerError as error:
+        raise UsageError(f"the benchmark stopped: {error}") from None
+    warnings += outcome.disturbances + report.spread(outcome.rows)
+    _show(args, outcome, warnings)
+    if args.out is not None:
+        _write(args, outcome, settings, warnings)
+    return 1 if report.red(outcome.rows) else 0
+
+
+def _require(args: argparse.Namespace) -> None:
+    """Refuse at once what would fail after minutes."""
+    if getattr(args, "input", None) == "photographs":
+        require("skimage", "scikit-image", "bench", "--input photographs")
+        require("PIL", "pillow", "cli", "--input photographs")
+    if args.out is not None and args.plot:
+        require("matplotlib", "matplotlib", "bench", "the plot (--no-plot leaves it out)")
+    if args.out is not None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {args.out}: {error.strerror}") from None
+    cores = len(machine.usable_cores())
+    if max(args.threads) > cores:
+        raise UsageError(f"--threads {max(args.threads)}: this process may use {cores} cores")
+    if args.what == "overhead" and (reason := backends.status()["cpu"]) is not None:
+        raise UsageError(f"bench overhead measures over the compiled CPU op: {reason}")
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise UsageError("--device cuda: PyTorch finds no CUDA device")
+        return "cpu"
+    status = backends.status()
+    return "cuda" if wanted == "cuda" or None in (status["triton"], status["cuda"]) else "cpu"
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    if args.what == "overhead":
+        return [Job(threads, args.budget, overhead=True) for threads in args.threads]
+    device = _device(args.device)
+    threads = args.threads if device == "cpu" else [max(args.threads)]
+    if args.what == "main":
+        op, model = _cells(args, "op", ["fwd", "bwd"], device), _cells(args, "model", ["fwd"], device)
+        block = _cells(args, "block", ["fwd", "train"], device)
+        # Blocks on most threads only: the whole is to be done in a few minutes.
+        return [Job(n, args.budget, [*op, *(block if n == max(threads) else []), *model]) for n in threads]
+    modes = list(dict.fromkeys(_MODES[mode] for mode in args.mode))
+    cells = _cells(args, args.what, modes, device)
+    jobs = [Job(count, args.budget, cells) for count in threads]
+    if getattr(args, "memory", False):
+        jobs.append(Job(max(threads), args.budget, memory=_cells(args, "block", ["train"], device)))
+    return jobs
+
+
+def _cells(args: argparse.Namespace, subject: str, modes: Sequence[str], device: str) -> list[Cell]:
+    contenders = ["fused", "eager"] + ["naive"] * args.naive + ["compile"] * args.compile
+    found = []
+    for mode, dtype, variant, batch in itertools.product(modes, args.dtype, args.variant, args.batch):
+        try:
+            stages = shapes.stages(variant, getattr(args, "stage", ()))
+        except ValueError as error:
+            raise UsageError(f"--stage: {error}") from None
+        for shape in stages[:1] if subject == "model" else stages:
+            autocast = subject != "op" and getattr(args, "autocast", False) and dtype in ("bf16", "fp16")
+            found.append(Cell(subject, mode, dtype, batch, shape, tuple(contenders), autocast, args.input, device))
+    return found
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -> None:
+    about = machine.description()
+    isa = f", {about['isa']} kernels" if about["isa"] else ", no compiled kernels: fused runs the PyTorch reference"
+    device = about["gpu"] if getattr(args, "device", "cpu") != "cpu" and about["gpu"] else about["cpu"]
+    print(f"{device}, {about['cores']} cores{isa}; torch {about['torch']}; commit {about['commit'] or 'unknown'}")
+    title = (
+        "minimum / median; vs: times that fused is faster, by medians; "
+        "check: against fp64, and how far from eager, as a share of the largest value"
+    )
+    show_table(title, *report.cells_table(outcome.rows))
+    show_table("memory of a training step, and as a multiple of eager's", *report.memory_table(outcome.rows))
+    summary, memory_summary = report.summary(outcome.rows), report.memory_summary(outcome.rows)
+    show_table("times that fused is faster, over all shapes and batches", *report.summary_table(summary))
+    show_table("memory as a multiple of eager's, over all", *report.memory_summary_table(memory_summary))
+    show_table("images per second, by medians", *report.throughput_table(outcome.rows))
+    show_table("microseconds per call", *report.overhead_table(outcome.rows))
+    wrong = report.red(outcome.rows)
+    if wrong:
+        print(f"WRONG: in {len(wrong)} comparisons fused is further from fp64 than allowed; they have no speed-up")
+    for failure in sorted({row["failure"] for row in outcome.rows if "failure" in row}):
+        print(f"torch.compile failed: {failure}")
+    for warning in warnings:
+        print(f"warning: not a quiet machine: {warning}")
+
+
+def _write(args: argparse.Namespace, outcome: Outcome, settings: dict[str, Any], warnings: Sequence[str]) -> None:
+    document = report.document(args.what, outcome, settings, warnings)
+    written = [args.out / f"{args.what}.json", args.out / f"{args.what}.csv"]
+    report.write_json(written[0], document)
+    report.write_csv(written[1], outcome.rows)
+    if args.plot:
+        about = document["machine"]
+        title = f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {about['torch']}, {document['created']}"
+        path = args.out / f"{args.what}.png"
+        written += [path] * plot.draw(path, _plotted(outcome.rows), title)
+    print("written:", ", ".join(map(str, written)))
+
+
+def _plotted(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["subject"] in workloads.SUBJECTS and row["mode"] != "memory"]
