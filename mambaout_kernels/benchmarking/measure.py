@@ -106,7 +106,7 @@ def memory_cell(cell: Cell, threads: int) -> list[Row]:
         if "eager" in measured:
             eager_kept, eager_peak = measured["eager"]
             row["kept_ratio"] = kept / eager_kept
-            row["peak_ratio"] = peak / eager_peak if peak is not None and eager_peak else None
+            row["peak_ratio"] = peak / eager_peak if peak and eager_peak else None  # 0: below what can be seen
         rows.append(row)
     return rows
 

@@ -75,7 +75,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # peak := present
         before = _status_bytes("VmRSS")
         step()
-        return _status_bytes("VmHWM") - before
+        return max(0, _status_bytes("VmHWM") - before)  # the kernel counts in batches of pages
     except (OSError, StopIteration):
         return None
 

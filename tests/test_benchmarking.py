@@ -1,0 +1,268 @@
+"""The timing harness: what it times, in what order, and what it makes of the figures."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from mambaout_kernels import backends
+from mambaout_kernels.benchmarking import (
+    accuracy,
+    inputs,
+    machine,
+    memory,
+    photographs,
+    plot,
+    report,
+    shapes,
+    workloads,
+)
+from mambaout_kernels.benchmarking.run import Outcome, WorkerError, run
+from mambaout_kernels.benchmarking.timing import Contender, Timing, interleave
+from mambaout_kernels.benchmarking.worker import Job
+from mambaout_kernels.benchmarking.workloads import Cell
+from mambaout_kernels.models import VARIANTS, create_model
+
+[SMALL] = shapes.stages("test_mambaout", [4])
+CELL = Cell("op", "fwd", "fp32", 1, SMALL, ("fused", "eager"))
+
+
+class Clock:
+    """Time passes only when somebody works."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        self.now += seconds
+
+
+def test_contenders_take_turns():
+    order, clock = [], Clock()
+    contenders = [Contender(name, lambda _, name=name: order.append(name)) for name in "AB"]
+    interleave(contenders, 0.0, min_rounds=3, warmup_rounds=1, clock=clock)
+    assert "".join(order) == "AB" * 4
+
+
+def test_only_the_run_is_timed():
+    clock = Clock()
+    contender = Contender("A", lambda _: clock.work(1.0), prepare=lambda: clock.work(100.0))
+    timing = interleave([contender], 0.0, min_rounds=3, clock=clock)["A"]
+    assert timing.seconds == [1.0, 1.0, 1.0]
+
+
+def test_rounds_fill_the_budget():
+    clock = Clock()
+    contenders = [Contender(name, lambda _: clock.work(0.5)) for name in "AB"]
+    assert len(interleave(contenders, 20.0, clock=clock)["A"].seconds) == 20
+    assert len(interleave(contenders, 0.0, clock=clock, min_rounds=5)["A"].seconds) == 5
+    assert len(interleave(contenders, 1e9, clock=clock, max_rounds=7)["A"].seconds) == 7
+
+
+def test_garbage_collection_is_switched_on_again():
+    import gc
+
+    def fails(_):
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        interleave([Contender("A", fails)], 0.0, warmup_rounds=0)
+    assert gc.isenabled()
+
+
+def test_minimum_and_median():
+    timing = Timing([3.0, 1.0, 2.0, 10.0])
+    assert (timing.minimum, timing.median) == (1.0, 2.5)
+
+
+@pytest.mark.parametrize("name", shapes.variants())
+def test_shapes_are_the_models(name):
+    """shapes.json says what the models are made of."""
+    model = create_model(name)
+    found = shapes.stages(name)
+    assert len(found) == len(model.stages)
+    image = torch.zeros(1, 3, found[0].image_size, found[0].image_size)
+    with torch.inference_mode():
+        for shape, downsample, stage in zip(found, model.downsample_layers, model.stages, strict=True):
+            image = downsample(image)
+            block = stage[0]
+            hidden, _, conv_channels = block.split_indices
+            assert image.shape == (1, shape.height, shape.width, shape.dim)
+            assert (hidden, conv_channels) == (shape.hidden, shape.conv_channels)
+            assert block.conv.kernel_size == (shape.kernel_size, shape.kernel_size)
+            assert VARIANTS[name].act_layer == shape.act
+
+
+def test_unknown_shapes_are_refused():
+    with pytest.raises(ValueError, match="variant must be one of mambaout_tiny"):
+        shapes.stages("resnet50")
+    with pytest.raises(ValueError, match="stage must be in 1 to 4; got 0, 9"):
+        shapes.stages("mambaout_tiny", [0, 9])
+
+
+def test_photographs():
+    images = photographs.load(9, 64)
+    assert images.shape == (9, 3, 64, 64)
+    assert images.dtype == torch.float32
+    assert torch.isfinite(images).all()
+    assert images[:5].flatten(1).std(dim=1).min() > 0.1
+    assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("mode", workloads.MODES)
+@pytest.mark.parametrize("subject", workloads.SUBJECTS)
+def test_every_contender_runs(subject, mode):
+    cell = Cell(subject, mode, "fp32", 1, SMALL, ("fused", "eager", "naive"), source="photographs")
+    workload = workloads.build(cell)
+    assert [contender.name for contender in workload.contenders] == ["fused", "eager", "naive"]
+    for contender in workload.contenders:
+        with contender.context():
+            assert contender.run(contender.prepare()) is not None
+
+
+def test_the_baselines_run_the_reference(monkeypatch):
+    ran = []
+    reference = backends.load("reference")
+    right = reference.gated_dwconv
+    monkeypatch.setattr(reference, "gated_dwconv", lambda *args: ran.append(args[1].shape[0]) or right(*args))
+    for name, channels in (("eager", SMALL.conv_channels), ("naive", SMALL.hidden)):
+        cell = dataclasses.replace(CELL, contenders=(name,))
+        [contender] = workloads.build(cell).contenders
+        ran.clear()
+        with contender.context():
+            contender.run(contender.prepare())
+        assert ran == [channels]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("subject", "mode"), [("op", "bwd"), ("block", "train"), ("model", "train")])
+def test_fused_is_verified(subject, mode, dtype):
+    found = workloads.verify(Cell(subject, mode, dtype, 4, SMALL, ("fused", "eager")))
+    assert len(found) > 1
+    assert all(comparison.passed for comparison in found), found
+
+
+@pytest.mark.skipif(backends.status()["cpu"] is not None, reason="the compiled module is not there")
+def test_a_wrong_kernel_gets_no_speedup(monkeypatch):
+    from mambaout_kernels.benchmarking import measure
+
+    right = backends.load("cpu").gated_dwconv
+    monkeypatch.setattr(backends.load("cpu"), "gated_dwconv", lambda *args: right(*args) * 1.001)
+    [fused, _] = measure.time_cell(CELL, 1, 0.001, measure.Watch())
+    assert fused["check"] is False
+    assert fused["speedup"] is None
+    assert report.red([fused]) == [fused]
+    assert "WRONG" in report.check_text(fused)
+
+
+def row(contender, seconds, label="a", **more):
+    common = {"subject": "op", "mode": "fwd", "dtype": "fp32", "autocast": False, "threads": 1, "batch": 1}
+    return {**common, "label": label, "contender": contender, "median_s": seconds, "min_s": seconds / 2, **more}
+
+
+def test_summary():
+    rows = [row("fused", 1.0), row("eager", 2.0), row("fused", 1.0, "b"), row("eager", 8.0, "b")]
+    [entry] = report.summary(rows)
+    assert entry["speedup_geomean"] == pytest.approx(4.0)
+    assert entry["speedup_worst"] == 2.0
+    assert entry["worst_cell"] == "a, batch 1"
+
+
+def test_summary_is_silent_where_fused_is_wrong():
+    [entry] = report.summary([row("fused", 1.0, check=False), row("eager", 2.0)])
+    assert entry["red"] == 1
+    assert "speedup_geomean" not in entry
+
+
+def test_unsteady_timings_are_told():
+    steady = [row("fused", 1.0, min_s=0.9)] * 10
+    assert report.spread(steady) == []
+    [warning] = report.spread([row("fused", 1.0, min_s=0.1)] * 2 + steady)
+    assert warning.startswith("in 2 of 12 timings")
+
+
+def test_json_has_no_nan(tmp_path):
+    document = report.document("op", Outcome([row("fused", float("nan"))]), {}, [])
+    report.write_json(tmp_path / "op.json", document)
+    assert json.loads((tmp_path / "op.json").read_text())["results"][0]["median_s"] is None
+
+
+def test_plot(tmp_path):
+    rows = [row("fused", 1.0), row("eager", 2.0), row("naive", 4.0)]
+    for each in rows:
+        each |= {"per_second": 1 / each["median_s"], "speedup": 2.0 / each["median_s"]}
+    assert plot.draw(tmp_path / "op.png", rows, "title")
+    assert (tmp_path / "op.png").stat().st_size > 5000
+
+
+class TestTolerance:
+    exact = torch.tensor([1.0, -2.0], dtype=torch.float64)
+
+    def compare(self, ours, eager):
+        dtype = torch.float32
+        return accuracy.compare("y", torch.tensor(ours, dtype=dtype), torch.tensor(eager, dtype=dtype), self.exact)
+
+    def test_within_twice_eagers_error(self):
+        assert self.compare([1.0, -2.0 - 2e-3], [1.0, -2.0 + 1e-3]).passed
+        assert not self.compare([1.0, -2.0 - 3e-3], [1.0, -2.0 + 1e-3]).passed
+
+    def test_one_rounding_where_eager_is_exact(self):
+        half_ulp = torch.finfo(torch.float32).eps
+        assert self.compare([1.0 + half_ulp, -2.0], [1.0, -2.0]).passed
+        assert not self.compare([1.0 + 2 * half_ulp, -2.0], [1.0, -2.0]).passed
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_not_finite_fails(self, bad):
+        found = self.compare([bad, -2.0], [1.0, -2.0])
+        assert not found.passed
+        assert found.excess == float("inf")
+        assert not self.compare([bad, -2.0], [bad, -2.0]).passed
+
+    def test_another_dtype_or_shape_fails(self):
+        y = self.exact.float()
+        assert not accuracy.compare("y", y.half(), y, self.exact).passed
+        assert not accuracy.compare("y", y[:1], y, self.exact).passed
+
+
+def test_kept_bytes_counts_each_storage_once():
+    x = torch.randn(4, 5, requires_grad=True)
+
+    def forward():
+        a = x * 2  # saves nothing but a constant
+        return (a * a).view(20) * a.view(20)
+
+    kept = memory.kept_bytes(workloads.Problem(forward, {"x": x}))
+    assert kept == 2 * 4 * 5 * 4  # a, and a * a
+
+
+def test_enlivened_model_has_no_special_parameters():
+    model = inputs.enlivened(create_model("mambaout_base_plus_rw", depths=(1, 1, 1, 1)))
+    assert all(parameter.std() > 1e-3 for parameter in model.parameters() if parameter.numel() > 1)
+
+
+def test_job_survives_json():
+    job = Job(2, 0.5, [CELL], [CELL])
+    assert Job.from_json(job.to_json()) == job
+
+
+def test_a_broken_worker_is_reported():
+    job = Job(1, 0.001, [dataclasses.replace(CELL, subject="nonsense")])
+    with pytest.raises(WorkerError, match="KeyError: 'nonsense'"):
+        run([job], lambda *_: None)
+
+
+def test_machine_is_described():
+    about = machine.description()
+    assert about["torch"] == torch.__version__
+    assert about["cores"] >= 1
+    assert about["isa"] == (None if backends.status()["cpu"] else backends.load("cpu").module.cpu_capability())
+
+
+def test_shares_of_time():
+    before = {0: machine.CpuTimes(100, 50, 0)}
+    after = {0: machine.CpuTimes(200, 75, 10)}
+    assert machine.shares(before, after) == {0: (0.75, 0.10)}

@@ -1,0 +1,280 @@
+"""The command line, run as a user runs it: what it prints, what it writes, and how it refuses."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import mambaout_kernels as mk
+from mambaout_kernels import backends
+from mambaout_kernels.backends import cpu
+from mambaout_kernels.cli import main
+from mambaout_kernels.cli.check import OUTPUTS
+
+SMALL = ["--variant", "test_mambaout", "--stage", "4", "--batch", "1", "--dtype", "fp32", "--threads", "1"]
+QUICK = ["--budget", "0.001", "--no-naive"]
+
+
+def run(capsys, *argv):
+    """(exit status, stdout, stderr)."""
+    try:
+        status = main(argv)
+    except SystemExit as error:  # argparse's own
+        status = error.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_version(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert (status, out.strip()) == (0, f"mambaout-kernels {mk.__version__}")
+
+
+def test_info_tells_of_every_backend(capsys):
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    for name, reason in backends.status().items():
+        assert f"{name} " in out
+        assert ("ready" if reason is None else reason) in out
+    assert torch.__version__ in out
+
+
+def test_info_json(capsys):
+    status, out, _ = run(capsys, "info", "--json")
+    content = json.loads(out)
+    assert status == 0
+    assert content["backends"]["reference"] == {"usable": True, "reason": None}
+    assert content["versions"]["torch"] == torch.__version__
+
+
+def test_info_says_how_to_get_what_is_missing(capsys, monkeypatch):
+    from mambaout_kernels.cli import info
+
+    found = info._version
+    monkeypatch.setattr(info, "_version", lambda package: None if package == "timm" else found(package))
+    _, out, _ = run(capsys, "info")
+    assert "to get timm: pip install mambaout-kernels[cli]" in out
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_check_passes(capsys, dtype):
+    status, out, _ = run(capsys, "check", "--variant", "test_mambaout", "--dtype", dtype)
+    assert status == 0
+    assert "reference" in out
+    assert "comparisons passed" in out
+    assert "FAILED" not in out
+
+
+def test_check_finds_a_wrong_kernel(capsys, monkeypatch):
+    right = backends.load("reference").gated_dwconv
+    monkeypatch.setattr(backends.load("reference"), "gated_dwconv", lambda *args: right(*args) * 1.01)
+    status, out, _ = run(capsys, "check", "--variant", "test_mambaout", "--dtype", "fp64", "--backend", "reference")
+    assert status == 1
+    assert "FAILED" in out
+
+
+def test_check_survives_a_kernel_that_raises(capsys, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(backends.load("reference"), "gated_dwconv_backward", broken)
+    command = ["check", "--variant", "test_mambaout", "--dtype", "fp32", "--backend", "reference"]
+    status, out, _ = run(capsys, *command)
+    assert status == 1
+    assert "planted" in out
+
+
+def test_check_json_has_every_output(capsys):
+    command = ["check", "--variant", "test_mambaout", "--dtype", "fp32", "--backend", "reference", "--json"]
+    status, out, _ = run(capsys, *command)
+    content = json.loads(out)
+    assert status == 0
+    assert set(OUTPUTS) <= {name for name in OUTPUTS if name in json.dumps(content)}
+
+
+@pytest.mark.skipif(cpu.module is None, reason="the compiled module is not there")
+def test_check_runs_every_instruction_set(capsys):
+    before = cpu.module.cpu_capability()
+    _, out, _ = run(capsys, "check", "--variant", "test_mambaout", "--dtype", "fp32", "--backend", "cpu")
+    for isa in cpu.module.supported_cpu_capabilities():
+        assert f"cpu ({isa})" in out
+    assert cpu.module.cpu_capability() == before
+
+
+def test_check_refuses_a_backend_that_cannot_run(capsys, monkeypatch):
+    monkeypatch.setattr(backends.load("cuda"), "unavailable", lambda: "no such card")
+    status, _, err = run(capsys, "check", "--backend", "cuda")
+    assert status == 2
+    assert "no such card" in err
+
+
+def test_bench_writes_what_it_measured(capsys, tmp_path):
+    status, out, _ = run(capsys, "bench", "op", *SMALL, *QUICK, "--out", str(tmp_path))
+    assert status == 0
+    assert "eager partial" in out
+    document = json.loads((tmp_path / "op.json").read_text())
+    rows = document["results"]
+    assert {(row["contender"], row["mode"]) for row in rows} == {
+        (c, m) for c in ("fused", "eager") for m in ("fwd", "bwd")
+    }
+    for row in rows:
+        assert 0 < row["min_s"] <= row["median_s"]
+        assert (row["threads"], row["dtype"], row["batch"]) == (1, "fp32", 1)
+    assert all(row["check"] for row in rows if row["contender"] == "fused")
+    assert document["machine"]["torch"] == torch.__version__
+    with (tmp_path / "op.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_block_measures_memory(capsys, tmp_path):
+    command = ["bench", "block", *SMALL, *QUICK, "--mode", "train", "--out", str(tmp_path), "--no-plot"]
+    assert run(capsys, *command)[0] == 0
+    document = json.loads((tmp_path / "block.json").read_text())
+    [fused] = [row for row in document["results"] if row["mode"] == "memory" and row["contender"] == "fused"]
+    assert fused["kept_bytes"] > 0
+    if backends.status()["cpu"] is None:
+        assert fused["kept_ratio"] < 0.7
+    assert not (tmp_path / "block.png").exists()
+
+
+def test_bench_model_on_photographs(capsys):
+    command = ["bench", "model", "--variant", "test_mambaout", "--batch", "2", "--dtype", "fp32", "--threads", "1"]
+    status, out, _ = run(capsys, *command, *QUICK, "--no-compile")
+    assert status == 0
+    assert "images per second" in out
+
+
+def test_bench_overhead(capsys):
+    if backends.status()["cpu"] is not None:
+        pytest.skip("the compiled module is not there")
+    status, out, _ = run(capsys, "bench", "overhead", "--budget", "0.001")
+    assert status == 0
+    assert "difference" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["bench", "op", "--stage", "7"], "stage must be in 1 to 4; got 7"),
+        (["bench", "op", "--dtype", "int8"], "'int8' is not one of fp32"),
+        (["bench", "op", "--batch", "0"], "'0' is not a positive integer"),
+        (["bench", "op", "--budget", "-1"], "'-1' is not a positive number of seconds"),
+        (["bench", "op", "--threads", "4096"], "--threads 4096: this process may use"),
+        (["bench", "block", "--variant", "mambaout_huge"], "'mambaout_huge' is not one of mambaout_tiny"),
+        (["bench", "op", "--out", "/dev/null/x"], "--out /dev/null/x"),
+        (["bench"], "required: WHAT"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["check", "--dtype", "fp8"], "'fp8' is not one of"),
+        (["classify", "x.png", "--model", "resnet50", "--weights", "w"], "'resnet50' is not one of mambaout_femto"),
+        (["classify", "x.png"], "--weights FILE is required: download"),
+        (["classify", "x.png", "--weights", "no.safetensors"], "no.safetensors does not exist"),
+    ],
+)
+def test_refuses_by_name(capsys, argv, said):
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_cuda_is_refused_where_there_is_none(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    status, _, err = run(capsys, "bench", "op", *SMALL, "--device", "cuda")
+    assert status == 2
+    assert "PyTorch finds no CUDA device" in err
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+    from mambaout_kernels.cli import terminal
+
+    monkeypatch.setattr(terminal, "find_spec", lambda name: None)
+    status, _, err = run(capsys, "bench", "main")
+    assert status == 2
+    assert "pip install scikit-image, or mambaout-kernels[bench]" in err
+
+
+def test_tables_without_rich(capsys, monkeypatch):
+    from mambaout_kernels.cli import terminal
+
+    monkeypatch.setattr(terminal, "_rich", lambda: False)
+    terminal.show_table("title", ["a", "bb"], [["1", "2"], ["333", "4"]])
+    assert capsys.readouterr().out.splitlines() == ["", "title", "a    bb", "1    2", "333  4"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A weights file of test_mambaout that says class 7 to everything, and a photograph."""
+    from skimage import data, io
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    model = mk.create_model("test_mambaout")
+    with torch.no_grad():
+        model.head.get_submodule("fc2").bias[7] = 50.0
+    torch.save(model.state_dict(), folder / "weights.pth")
+    io.imsave(folder / "cat.png", data.chelsea())
+    (folder / "broken.png").write_text("no image")
+    return folder
+
+
+def classify(capsys, folder, image, *more):
+    weights = str(folder / "weights.pth")
+    return run(capsys, "classify", str(folder / image), "--weights", weights, "--model", "test_mambaout", *more)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_classify_names_the_classes(capsys, pretrained, dtype):
+    status, out, _ = classify(capsys, pretrained, "cat.png", "--json", "--dtype", dtype, "--topk", "3")
+    [result] = json.loads(out)
+    assert status == 0
+    assert len(result["classes"]) == 3
+    assert result["classes"][0]["index"] == 7
+    assert result["classes"][0]["probability"] > 0.99
+    assert "cock" in result["classes"][0]["name"]  # ImageNet's class 7
+
+
+def test_classify_prints_a_table(capsys, pretrained):
+    status, out, _ = classify(capsys, pretrained, "cat.png")
+    assert status == 0
+    assert out.count("%") == 5
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [("none.png", "none.png does not exist"), ("broken.png", "broken.png cannot be read as an image")],
+)
+def test_classify_refuses_an_image(capsys, pretrained, image, said):
+    status, _, err = classify(capsys, pretrained, image)
+    assert status == 2
+    assert said in err
+
+
+def test_classify_refuses_weights_of_another_variant(capsys, pretrained):
+    weights = str(pretrained / "weights.pth")
+    command = ["classify", str(pretrained / "cat.png"), "--weights", weights, "--model", "mambaout_femto"]
+    status, _, err = run(capsys, *command)
+    assert status == 2
+    assert "does not fit the model" in err
+    assert "test_mambaout" in err
+
+
+def test_classify_refuses_a_truncated_file(capsys, pretrained, tmp_path):
+    path = tmp_path / "cut.pth"
+    path.write_bytes((pretrained / "weights.pth").read_bytes()[:1000])
+    image = str(pretrained / "cat.png")
+    status, _, err = run(capsys, "classify", image, "--weights", str(path), "--model", "test_mambaout")
+    assert status == 2
+    assert "cut.pth" in err
+
+
+def test_interrupt_is_not_a_traceback(capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    from mambaout_kernels.cli import info
+
+    monkeypatch.setattr(info, "collect", interrupted)
+    status, _, err = run(capsys, "info")
+    assert (status, err) == (130, "interrupted\n")
