@@ -1,49 +1,22 @@
-// The CPU half of the compiled module: the only file that sees torch or pybind11.
+// The op on the CPU, and the Python module. With bindings_block.cpp the only file that sees torch.
 //
 // The public op, its fake kernel and its gradients are Python's (mambaout_kernels/ops.py), and so are the messages for
 // bad arguments; but everything is checked here too, before any memory is touched. libtorch's stable ABI only: one
 // binary for every torch >= 2.10.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include <pybind11/stl.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include <cstdint>
-#include <memory>
-#include <new>
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <vector>
 
-#include "cpu/gated_dwconv_cpu.h"
+#include "bindings_common.h"
 
 namespace mambaout_kernels {
 namespace {
 
-using torch::stable::Tensor;
-using ScalarType = torch::headeronly::ScalarType;
-
 constexpr int kMaxFilter = 31;
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
-  }
-}
-
-void check_cpu(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-}
 
 void check_parameter(const Tensor& tensor, DType activations, const char* name) {
   check_cpu(tensor, name);
@@ -77,65 +50,6 @@ GatedDwconvShape checked_shape(const Tensor& u, const Tensor& weight, const Tens
   shape.weight_dtype = dtype_of(weight, "weight");
   shape.bias_dtype = dtype_of(bias, "bias");
   return shape;
-}
-
-Tensor channels_dense(const Tensor& tensor) {
-  return tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
-NhwcView view(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-// A large new tensor is about to be written for the first time: ask for huge pages, so that Linux does it in hundreds
-// of page faults less per MiB. A fault costs about what the op computes on the 4 KiB behind it.
-constexpr std::uintptr_t kHugePage = 2 << 20;
-void advise_huge_pages(const Tensor& tensor) {
-#ifdef MADV_HUGEPAGE
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
-  const std::uintptr_t end = begin + tensor.numel() * tensor.element_size();
-  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
-#else
-  static_cast<void>(tensor);
-#endif
-}
-
-// Scratch memory, kept by each calling thread for the next call while it is small; at 56 x 56 x 96 it is 0.5 MiB, and
-// allocating that anew costs as much as a small op.
-constexpr std::int64_t kKeptBytes = 8 << 20;
-class Workspace {
- public:
-  explicit Workspace(std::int64_t bytes) {
-    thread_local std::unique_ptr<char[]> kept;
-    thread_local std::int64_t kept_bytes = 0;
-    if (bytes > kKeptBytes) {
-      own_ = allocate(bytes);
-      data_ = own_.get();
-      return;
-    }
-    if (bytes > kept_bytes) {
-      kept = allocate(bytes);
-      kept_bytes = bytes;
-    }
-    data_ = kept.get();
-  }
-  void* data() const { return data_; }
-
- private:
-  static std::unique_ptr<char[]> allocate(std::int64_t bytes) {
-    std::unique_ptr<char[]> memory(new (std::nothrow) char[bytes]);
-    STD_TORCH_CHECK(memory != nullptr, "not enough memory: gated_dwconv needs ", bytes, " bytes of workspace");
-    return memory;
-  }
-
-  std::unique_ptr<char[]> own_;
-  char* data_;
-};
-
-void parallel_for(std::int64_t count, cpu::RangeBody body, void* context) {
-  torch::stable::parallel_for(0, count, 1, [=](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
 }
 
 Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
@@ -174,6 +88,24 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
                  dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
                 num_threads, workspace.data(), parallel_for);
   return {du, dweight, dbias};
+}
+
+// A hash of some of the values of each (address, bytes): told apart from what it was when all of them have changed, as
+// after an optimizer's step, whatever way they were written.
+constexpr std::uint64_t kSamples = 64;
+std::uint64_t fingerprint(const std::vector<std::tuple<std::uintptr_t, std::uint64_t, std::int64_t>>& memory) {
+  std::uint64_t hash = 14695981039346656037u;
+  for (const auto& [address, bytes, version] : memory) {
+    const auto* words = reinterpret_cast<const std::uint16_t*>(address);
+    const std::uint64_t count = bytes / 2, samples = std::min(count, kSamples);
+    for (std::uint64_t i = 0; i < samples; ++i) {
+      // Of fp32 both halves: an odd number of words apart, 2 bytes each.
+      const std::uint64_t at = i * (count - 1) / (samples > 1 ? samples - 1 : 1);
+      hash = (hash ^ (words[at & ~std::uint64_t{1}] | static_cast<std::uint64_t>(words[at | (at + 1 < count)]) << 16)) *
+             1099511628211u;
+    }
+  }
+  return hash;
 }
 
 constexpr cpu::Isa kIsas[] = {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16};
@@ -228,6 +160,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace mambaout_kernels;
   m.doc() = "Native CPU kernels of mambaout_kernels.";
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
+  m.def("fingerprint", &fingerprint, pybind11::arg("memory"),
+        "A hash of samples of each (address, bytes, version) of memory, which must be readable.");
   m.def("cpu_capability", [] { return std::string(cpu::isa_name(cpu::current_isa())); }, "The instruction set in use.");
   m.def("set_cpu_capability", &set_cpu_capability, pybind11::arg("name"),
         "Uses another instruction set (for tests). Raises ValueError where the processor lacks it.");

@@ -7,11 +7,11 @@
 #include "gated_dwconv_cpu.h"
 #include "kernels.h"
 #include "packed_pairs.h"
+#include "tasks.h"
 
 namespace mambaout_kernels::cpu {
 namespace {
 
-constexpr std::int64_t kAlignment = 64;
 // Pixels of a row in one task, and rows of one task of the backward. They fix the order of the sums of the weight
 // gradient, so they depend on nothing but the image: the gradient is the same at every thread count.
 constexpr std::int64_t kMaxWidth = 64, kBackwardRows = 14;
@@ -21,12 +21,6 @@ constexpr std::int64_t kWindowBytes = 224 * 1024;
 // Below this size of u, L2 holds what the tasks read, and prefetching costs 5% (benchmarks/NOTES.md).
 constexpr std::int64_t kPrefetchBytes = 2 * 1024 * 1024;
 constexpr int kTasksPerThread = 4;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::int64_t align(std::int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
-char* align(void* p) {
-  return reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(p) + kAlignment - 1) / kAlignment * kAlignment);
-}
 
 const Kernels* kernels_of(Isa isa, DType dtype) {
   switch (isa) {
@@ -53,9 +47,6 @@ const Kernels& current_kernels(DType dtype) {
   const Kernels* kernels = kernels_of(current_isa(), dtype);
   return kernels != nullptr ? *kernels : *kernels_portable(dtype);
 }
-
-// [0, count) in `parts` parts whose sizes differ by one at most.
-std::int64_t part_begin(std::int64_t count, std::int64_t parts, std::int64_t i) { return count * i / parts; }
 
 // The cut of an op into tasks: images x strips of rows x columns x groups of channels.
 struct Plan {
@@ -126,40 +117,14 @@ Workspace lay_out(const Plan& plan, bool forward, int num_threads) {
   const std::int64_t vector_bytes = plan.kernels.lanes * bytes;
   Workspace at;
   at.weight = 0;
-  at.bias = at.weight + align(plan.vectors * taps * vector_bytes);
-  at.windows = at.bias + align(plan.vectors * vector_bytes);
-  at.window_bytes = align(plan.window_elements * bytes);
-  if (!forward) at.window_bytes = std::max(at.window_bytes, align((taps + 1) * plan.kernels.lanes * 8));
+  at.bias = at.weight + align_up(plan.vectors * taps * vector_bytes);
+  at.windows = at.bias + align_up(plan.vectors * vector_bytes);
+  at.window_bytes = align_up(plan.window_elements * bytes);
+  if (!forward) at.window_bytes = std::max(at.window_bytes, align_up((taps + 1) * plan.kernels.lanes * 8));
   at.partials = at.windows + at.window_bytes * num_threads;
-  at.partial_bytes = forward ? 0 : align(plan.vectors * (taps + 1) * vector_bytes);
-  at.total = at.partials + at.partial_bytes * plan.rectangles() + kAlignment;
+  at.partial_bytes = forward ? 0 : align_up(plan.vectors * (taps + 1) * vector_bytes);
+  at.total = at.partials + at.partial_bytes * plan.rectangles() + kLine;
   return at;
-}
-
-// Runs body(slot, task) for every task. A slot belongs to one thread at a time; which tasks it gets is left to chance.
-template <typename Body>
-void run_tasks(std::int64_t tasks, int num_threads, ParallelFor parallel_for, const Body& body) {
-  if (tasks == 0) return;
-  const std::int64_t slots = std::min<std::int64_t>(num_threads, tasks);
-  if (slots == 1) {
-    for (std::int64_t task = 0; task < tasks; ++task) body(0, task);
-    return;
-  }
-  struct Context {
-    std::atomic<std::int64_t> next{0};
-    std::int64_t tasks;
-    const Body& body;
-  } context{{0}, tasks, body};
-  parallel_for(
-      slots,
-      [](void* opaque, std::int64_t begin, std::int64_t end) {
-        auto& c = *static_cast<Context*>(opaque);
-        for (std::int64_t slot = begin; slot < end; ++slot) {
-          for (std::int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.tasks;)
-            c.body(slot, task);
-        }
-      },
-      &context);
 }
 
 // weight (C, K, K) -> [vectors][K * K][lanes]; lanes beyond C are zero.
@@ -288,7 +253,7 @@ std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape, int num_thr
 void forward(const GatedDwconvForward& args, int num_threads, void* workspace, ParallelFor parallel_for) {
   const Plan plan = make_plan(args.shape, true, num_threads);
   const Workspace at = lay_out(plan, true, num_threads);
-  char* base = align(workspace);
+  char* base = align_up(workspace);
   const bool pairs = plan.kernels.forward_pairs != nullptr && args.shape.K == kPairFilter &&
                      args.shape.weight_dtype == DType::kBFloat16;
   pack(plan, pairs, args.weight, args.bias, base + at.weight, base + at.bias);
@@ -302,7 +267,7 @@ void forward(const GatedDwconvForward& args, int num_threads, void* workspace, P
 void backward(const GatedDwconvBackward& args, int num_threads, void* workspace, ParallelFor parallel_for) {
   const Plan plan = make_plan(args.shape, false, num_threads);
   const Workspace at = lay_out(plan, false, num_threads);
-  char* base = align(workspace);
+  char* base = align_up(workspace);
   pack(plan, false, args.weight, args.bias, base + at.weight, base + at.bias);
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     char* partial = base + at.partials + task / plan.groups * at.partial_bytes;

@@ -17,7 +17,11 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 }  // namespace
 }  // namespace mambaout_kernels::cpu
 
+// clang-format off
 #include "kernel_body.h"
+#include "gemm_tile.h"
+#include "block_body.h"
+// clang-format on
 
 namespace mambaout_kernels::cpu {
 
@@ -31,6 +35,10 @@ const Kernels* kernels_avx2(DType dtype) {
     case DType::kFloat16: return &kFloat16;
     default: return nullptr;
   }
+}
+
+const BlockKernels* block_kernels_avx2(DType multiplied, DType io) {
+  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products, 1>(io) : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

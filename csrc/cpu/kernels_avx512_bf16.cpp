@@ -17,9 +17,13 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 }  // namespace
 }  // namespace mambaout_kernels::cpu
 
+// clang-format off
 #include "kernel_body.h"
-// After the kernels, whose rings it shares.
 #include "bf16_pairs.h"
+#include "gemm_tile.h"
+#include "bf16_products.h"
+#include "block_body.h"
+// clang-format on
 
 namespace mambaout_kernels::cpu {
 
@@ -30,6 +34,10 @@ const Kernels* kernels_avx512_bf16(DType dtype) {
     return kernels;
   }();
   return dtype == DType::kBFloat16 ? &kBFloat16 : nullptr;
+}
+
+const BlockKernels* block_kernels_avx512_bf16(DType multiplied, DType io) {
+  return multiplied == DType::kBFloat16 ? block_kernels_for<Bf16Products, 3>(io) : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

@@ -18,7 +18,11 @@ struct GateOf<act, double> {
 }  // namespace
 }  // namespace mambaout_kernels::cpu
 
+// clang-format off
 #include "kernel_body.h"
+#include "gemm_tile.h"
+#include "block_body.h"
+// clang-format on
 
 namespace mambaout_kernels::cpu {
 
@@ -34,6 +38,10 @@ const Kernels* kernels_portable(DType dtype) {
     case DType::kFloat64: return &kFloat64;
   }
   return nullptr;
+}
+
+const BlockKernels* block_kernels_portable(DType multiplied, DType io) {
+  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products, 0>(io) : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

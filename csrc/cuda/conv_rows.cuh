@@ -19,7 +19,8 @@ struct RowSums {
       for (int s = 0; s < kStrip; ++s) sum[k][s] = initial;
   }
 
-  // The next row has become row i. Renaming only: the first multiply-add of a row reads one register and writes another.
+  // The next row becomes row i: renaming only, since the first multiply-add of a row reads one register and writes
+  // another.
   __device__ __forceinline__ void advance(Values initial) {
 #pragma unroll
     for (int k = 0; k < K; ++k)
@@ -27,13 +28,29 @@ struct RowSums {
       for (int s = 0; s < kStrip; ++s) sum[k][s] = k + 1 < K ? sum[k + 1 < K ? k + 1 : k][s] : initial;
   }
 
-  // x[0] is the pixel R to the left of the strip; pixels are kPitch elements apart.
+  // The row that is complete once `missing` (0 .. R) rows are known to be missing behind row i.
+  __device__ __forceinline__ void complete(int missing, Values (&row)[kStrip]) const {
+#pragma unroll
+    for (int s = 0; s < kStrip; ++s) row[s] = sum[0][s];
+    if (missing > 0) {
+#pragma unroll
+      for (int k = 1; k <= K / 2; ++k) {
+        if (missing == k) {
+          keep_branch();
+#pragma unroll
+          for (int s = 0; s < kStrip; ++s) row[s] = sum[k][s];
+        }
+      }
+    }
+  }
+
+  // row(j) is the pixel j - R from the strip's first.
   // kTurned: with the filter turned by 180 degrees, which is the gradient of the convolution.
-  template <bool kTurned, int kPitch, typename T>
-  __device__ __forceinline__ void add_row(const T* x, const Values (&weight)[K * K]) {
+  template <bool kTurned, typename Row>
+  __device__ __forceinline__ void add_row(Row row, const Values (&weight)[K * K]) {
 #pragma unroll
     for (int j = 0; j < kStrip + K - 1; ++j) {
-      const Values value = Values::load(x + j * kPitch);
+      const Values value = row(j);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll

@@ -6,6 +6,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "../gated_dwconv.h"
 
@@ -22,18 +25,15 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return memory;
 }
 
-// Copies kBytes (4 or 16) to shared memory, to arrive by wait_copies; zeros where `wanted` is false, and then `from`
-// is not read.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool wanted) {
+// Copies 16 bytes to shared memory, to arrive by wait_copies.
+__device__ __forceinline__ void copy_async_16(void* to, const void* from) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  const int bytes = wanted ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
-  } else {
-    static_assert(kBytes == 4);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+// Likewise 4 bytes, of which those after the first `bytes` are not read but zero.
+__device__ __forceinline__ void copy_async_4(void* to, const void* from, int bytes) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's latest groups are still under way.
@@ -47,6 +47,20 @@ __device__ __forceinline__ uint4 load_global_16(const void* from) {
   uint4 v;
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
+}
+template <typename T>
+__device__ __forceinline__ T load_global(const T* from) {
+  if constexpr (sizeof(T) == 4) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
+    return v;
+  } else {
+    unsigned short v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
+    T result;
+    memcpy(&result, &v, sizeof(T));
+    return result;
+  }
 }
 // A plain store is split into four by nvcc when its value was put together from parts.
 __device__ __forceinline__ void store_global_16(void* to, uint4 v) {
@@ -76,6 +90,9 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return result;
 }
 
+// Keeps the compiler from turning a branch that is rarely taken into selections that are always made.
+__device__ __forceinline__ void keep_branch() { asm volatile(""); }
+
 // Two fused multiply-adds; one instruction where the chip has it.
 __device__ __forceinline__ float2 fma_pair(float2 a, float2 b, float2 c) {
 #if __CUDA_ARCH__ >= 1000
@@ -83,6 +100,24 @@ __device__ __forceinline__ float2 fma_pair(float2 a, float2 b, float2 c) {
 #else
   return make_float2(__fmaf_rn(a.x, b.x, c.x), __fmaf_rn(a.y, b.y, c.y));
 #endif
+}
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <typename Args>
+void launch_kernel(void (*kernel)(Args), std::int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                   const Args& args) {
+  constexpr int kGrantedBytes = 48 * 1024;  // without asking
+  if (shared_bytes > kGrantedBytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          "gated_dwconv: shared memory");
+  }
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads)), arguments, shared_bytes, stream),
+        "gated_dwconv: launch");
 }
 
 }  // namespace mambaout_kernels::cuda

@@ -1,13 +1,68 @@
-"""The Triton kernels: not written yet."""
+"""The Triton kernels (triton_kernels/): CUDA and ROCm tensors, compiled at the first call of each shape class.
 
+With TRITON_INTERPRET=1, set before the first import of triton, they run on CPU tensors in Triton's interpreter: slow,
+for tests.
+"""
+
+import functools
+import os
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
+from ..checks import check, check_gradient
 
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_OLDEST = (8, 0)  # Ampere: what the tiles are made for, and the first with bfloat16
+
+
+def interpreting() -> bool:
+    """Whether kernels run on CPU tensors in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
 def unavailable() -> str | None:
-    """Why the Triton kernels cannot be used."""
-    return "the Triton kernels are not part of this version"
+    """Why the Triton kernels cannot be used here; None where they can. Does not import triton."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if max(capabilities) < _OLDEST and not torch.version.hip:
+        return f"its kernels need a GPU of compute capability 8.0 or newer; this one has {capabilities[0]}"
+    return None
+
+
+@functools.cache
+def _recent(device_index: int) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device_index) >= _OLDEST
 
 
 def supports(u: Tensor, weight: Tensor) -> bool:
-    """Nothing yet."""
-    return False
+    """fp32, bf16 and fp16 on CUDA and ROCm; on the CPU under the interpreter alone."""
+    if u.dtype not in _DTYPES:
+        return False
+    return _recent(u.device.index) if u.is_cuda else interpreting() and u.device.type == "cpu"
+
+
+def gated_dwconv(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    """y (N, H, W, D), contiguous, for any strides."""
+    check(u, weight, bias, act)
+    from .triton_kernels import launch
+
+    return launch.forward(u, weight, bias, act)
+
+
+def gated_dwconv_backward(
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, dweight, dbias), contiguous, for any strides. The same bits in every run: no atomics."""
+    check(u, weight, bias, act)
+    check_gradient(dy, u)
+    from .triton_kernels import launch
+
+    return launch.backward(dy, u, weight, bias, act)

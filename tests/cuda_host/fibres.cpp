@@ -22,8 +22,7 @@ constexpr unsigned kWarp = 32;
 struct Copy {
   void* to;
   const void* from;
-  std::size_t bytes;
-  bool wanted;
+  std::size_t bytes, total;
 };
 
 struct Fibre {
@@ -53,13 +52,10 @@ struct Block {
 } block;
 
 void land(const Copy& copy) {
-  if (copy.wanted) {
-    on_copy(copy.to, copy.from, copy.bytes);
-    std::memcpy(copy.to, copy.from, copy.bytes);
-  } else {
-    on_copy(copy.to, nullptr, copy.bytes);
-    std::memset(copy.to, 0, copy.bytes);
-  }
+  watch::read(copy.from, copy.bytes);
+  watch::write(copy.to, copy.total);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.total - copy.bytes);
 }
 
 void leave_fibre(bool for_ever) {
@@ -173,12 +169,8 @@ void sync_warp() {
   leave_fibre(false);
 }
 
-void on_copy(const void* to, const void* from, std::size_t bytes) {
-  if (from != nullptr) watch::read(from, bytes);
-  watch::write(to, bytes);
-}
-void start_copy(void* to, const void* from, std::size_t bytes, bool wanted) {
-  const Copy copy{to, from, bytes, wanted};
+void start_copy(void* to, const void* from, std::size_t bytes, std::size_t total) {
+  const Copy copy{to, from, bytes, total};
   if (behaviour().copies_land_late) {
     block.current->groups.back().push_back(copy);
   } else {
@@ -206,7 +198,8 @@ void launch(unsigned blocks, unsigned threads, std::size_t shared_bytes, const s
   std::mt19937 random(1);
   if (behaviour().order == Order::kReverse) std::reverse(order.begin(), order.end());
   watch::launch_begins();
-  for (unsigned index = 0; index < blocks; ++index) {
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned index = behaviour().order == Order::kForward ? i : blocks - 1 - i;
     block.index = {index, 0, 0};
     if (posix_memalign(reinterpret_cast<void**>(&block.shared), 16, std::max<std::size_t>(shared_bytes, 1)) != 0) {
       fail("out of memory");

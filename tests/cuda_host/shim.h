@@ -43,9 +43,8 @@ dim3& block_size();
 unsigned char* shared_memory();
 void sync_block();
 void sync_warp();
-// Called for every byte range that an asynchronous copy reads and writes, when it does.
-void on_copy(const void* to, const void* from, std::size_t bytes);
-void start_copy(void* to, const void* from, std::size_t bytes, bool wanted);
+// Zeros follow the copied bytes, up to `total`.
+void start_copy(void* to, const void* from, std::size_t bytes, std::size_t total);
 void commit_copies();
 void wait_copies(int pending);
 
@@ -88,11 +87,15 @@ using std::min;
 
 inline unsigned char* dynamic_shared() { return cuda_host::shared_memory(); }
 
-template <int kBytes>
-void copy_async(void* to, const void* from, bool wanted) {
-  cuda_host::require_aligned(to, kBytes);
-  if (wanted) cuda_host::require_aligned(from, kBytes);
-  cuda_host::start_copy(to, from, kBytes, wanted);
+inline void copy_async_16(void* to, const void* from) {
+  cuda_host::require_aligned(to, 16);
+  cuda_host::require_aligned(from, 16);
+  cuda_host::start_copy(to, from, 16, 16);
+}
+inline void copy_async_4(void* to, const void* from, int bytes) {
+  cuda_host::require_aligned(to, 4);
+  cuda_host::require_aligned(from, 4);
+  cuda_host::start_copy(to, from, bytes, 4);
 }
 inline void commit_copies() { cuda_host::commit_copies(); }
 template <int kPending>
@@ -122,6 +125,7 @@ inline float exp2_fast(float x) { return approximate(std::exp2(static_cast<doubl
 inline float reciprocal_fast(float x) { return approximate(1.0 / static_cast<double>(x), 0x1p-23); }
 inline float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
 inline float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+inline void keep_branch() {}
 inline float2 fma_pair(float2 a, float2 b, float2 c) {
   return make_float2(std::fma(a.x, b.x, c.x), std::fma(a.y, b.y, c.y));
 }

@@ -43,14 +43,16 @@ bool ordered(const Access& before, const Access& now) {
 void report(const Range& range, std::size_t offset, const char* what, const Access& before, const Access& now) {
   if (found++ > 0) return;
   char text[200];
-  std::snprintf(text, sizeof(text), "%s memory, byte %zu: %s, block %d thread %d and block %d thread %d, no barrier between",
-                range.name, offset, what, before.block, before.thread, now.block, now.thread);
+  std::snprintf(text, sizeof(text),
+                "%s memory, byte %zu: %s, block %d thread %d and block %d thread %d, no barrier between", range.name,
+                offset, what, before.block, before.thread, now.block, now.thread);
   first_message = text;
 }
 
 void touch(Range& range, std::size_t offset, bool is_write, const Access& now) {
   Cell& cell = range.cells[offset];
-  if (!ordered(cell.write, now)) report(range, offset, is_write ? "write and write" : "write and read", cell.write, now);
+  if (!ordered(cell.write, now))
+    report(range, offset, is_write ? "write and write" : "write and read", cell.write, now);
   if (is_write) {
     for (const Access* reader : {&cell.read, &cell.read_elsewhere}) {
       if (!ordered(*reader, now)) report(range, offset, "read and write", *reader, now);
@@ -113,10 +115,10 @@ void passed_warp_barrier(unsigned thread) { ++warp_epochs[thread]; }
 
 // What -fsanitize=thread makes the compiler call. The library of that name is not linked.
 extern "C" {
-#define MAMBAOUT_WATCH(size)                                                                       \
-  void __tsan_read##size(void* at) { cuda_host::watch::read(at, size); }                           \
-  void __tsan_write##size(void* at) { cuda_host::watch::write(at, size); }                         \
-  void __tsan_unaligned_read##size(void* at) { cuda_host::watch::read(at, size); }                 \
+#define MAMBAOUT_WATCH(size)                                                       \
+  void __tsan_read##size(void* at) { cuda_host::watch::read(at, size); }           \
+  void __tsan_write##size(void* at) { cuda_host::watch::write(at, size); }         \
+  void __tsan_unaligned_read##size(void* at) { cuda_host::watch::read(at, size); } \
   void __tsan_unaligned_write##size(void* at) { cuda_host::watch::write(at, size); }
 MAMBAOUT_WATCH(1)
 MAMBAOUT_WATCH(2)

@@ -1,0 +1,40 @@
+// Matrix products of bf16 by bf16, a pair of them at a time; exact products, fp32 sums. Needs vec_avx512.h and
+// gemm_tile.h before it.
+#pragma once
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+struct Bf16Products {
+  using Element = BFloat16;
+  static constexpr int kRows = 14;
+
+  // out[r][0 .. 32) = sum_k a[r * a_step + k] * panel[k / 2][0 .. 32)[k % 2]; depth is even
+  template <int kTileRows>
+  [[gnu::noinline]] static void tile(const BFloat16* a, std::int64_t a_step, const void* panel, std::int64_t depth,
+                                     float* out) {
+    const auto* b = static_cast<const BFloat16*>(panel);
+    __m512 left[kTileRows], right[kTileRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) left[r] = right[r] = _mm512_setzero_ps();
+    for (std::int64_t k = 0; k < depth; k += 2) {
+      const auto b0 = (__m512bh)_mm512_loadu_si512(b + k * 32), b1 = (__m512bh)_mm512_loadu_si512(b + k * 32 + 32);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        int pair;
+        __builtin_memcpy(&pair, a + r * a_step + k, sizeof(pair));
+        const auto value = (__m512bh)_mm512_set1_epi32(pair);
+        left[r] = _mm512_dpbf16_ps(left[r], value, b0);
+        right[r] = _mm512_dpbf16_ps(right[r], value, b1);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      _mm512_storeu_ps(out + r * 32, left[r]);
+      _mm512_storeu_ps(out + r * 32 + 16, right[r]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu

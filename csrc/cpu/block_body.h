@@ -1,0 +1,284 @@
+// The whole block over one task, written once for every instruction set. Needs a vec_*.h, activations.h, conv_rows.h,
+// kernel_body.h and gemm_tile.h before it.
+//
+// A task walks down the rows of its rectangle, a chunk of about a hundred pixels at a time, which stays in L2: it norms
+// the rows that are new, multiplies them by fc1's conv columns into a ring of rows (each once, though the filter reads
+// them K times), then goes through fc1's other columns a panel at a time, gates each at once, and multiplies the gated
+// chunk by fc2. The 2 * hidden channels of u are never written to memory.
+#pragma once
+
+#include "block_kernels.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+inline float sum_of_lanes(Vec v) {
+  float lanes[Vec::kLanes];
+  store(lanes, v);
+  for (int step = Vec::kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
+
+// to[0 .. padded) = layer_norm(from[0 .. dim)); zero beyond dim.
+template <typename Io, typename Element>
+void norm_pixel(const Io* from, std::int64_t dim, std::int64_t padded, float eps, const float* weight,
+                const float* bias, Element* to) {
+  constexpr int L = Vec::kLanes;
+  Vec sum = broadcast(0.0f);
+  for_each_vector<L>(dim, [&](std::int64_t d, int lanes) { sum = sum + load_lanes<Vec>(from + d, lanes); });
+  const Vec mean = broadcast(sum_of_lanes(sum) / static_cast<float>(dim));
+  Vec squares = broadcast(0.0f);
+  float ones[L];
+  for (int i = 0; i < L; ++i) ones[i] = 1.0f;
+  for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {
+    const Vec centred = (load_lanes<Vec>(from + d, lanes) - mean) * load_lanes<Vec>(ones, lanes);
+    squares = fma(centred, centred, squares);
+  });
+  const Vec scale = broadcast(1.0f / __builtin_sqrtf(sum_of_lanes(squares) / static_cast<float>(dim) + eps));
+  for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {
+    const Vec normed = (load_lanes<Vec>(from + d, lanes) - mean) * scale;
+    store_lanes(to + d, fma(normed, load(weight + d), load(bias + d)), lanes);
+  });
+  for (std::int64_t d = dim; d < padded; ++d) to[d] = Element{};
+}
+
+template <Act act, typename Io, typename Products>
+class BlockRunner {
+  using Element = typename Products::Element;
+  static constexpr int L = Vec::kLanes, kColumns = 2 * L, kRows = Products::kRows;
+
+ public:
+  explicit BlockRunner(const BlockTask& task)
+      : task_(task),
+        call_(*task.call),
+        shape_(task.call->shape),
+        at_(*task.at),
+        width_(task.w1 - task.w0),
+        R_(shape_.K / 2),
+        halo0_(task.w0 > R_ ? task.w0 - R_ : 0),
+        halo1_(task.w1 + R_ < call_.W ? task.w1 + R_ : call_.W),
+        window_(block_window(at_, shape_, {0, L, sizeof(Element), nullptr}, width_, task.chunk_rows)),
+        normed_(part<Element>(window_.normed)),
+        ring_(part<float>(window_.ring)),
+        y_(part<Element>(window_.y)),
+        s_(part<float>(window_.s)),
+        tiles_(part<float>(window_.tiles)) {}
+
+  void run() {
+    clear_ring();
+    // The rows above the rectangle that its filter covers.
+    std::int64_t first = task_.h0 > R_ ? task_.h0 - R_ : 0;
+    if (shape_.C > 0 && first < task_.h0) {
+      norm_rows(first, task_.h0, 0);
+      fill_ring(first, task_.h0, 0);
+    }
+    std::int64_t ready = task_.h0;  // rows before it are normed, and in the ring
+    for (std::int64_t h = task_.h0; h < task_.h1; h += task_.chunk_rows) {
+      const std::int64_t end = smaller(h + task_.chunk_rows, task_.h1);
+      const std::int64_t wanted = shape_.C > 0 ? smaller(end + R_, call_.H) : end;
+      const std::int64_t row = halo_width() * window_.step1;
+      if (h > task_.h0 && ready > h) {  // normed_ held rows from h - chunk_rows on
+        __builtin_memmove(normed_, normed_ + task_.chunk_rows * row, sizeof(Element) * (ready - h) * row);
+      }
+      if (ready < h) ready = h;
+      if (ready < wanted) {
+        norm_rows(ready, wanted, ready - h);
+        if (shape_.C > 0) fill_ring(ready, wanted, ready - h);
+        ready = wanted;
+      }
+      gate_identity(end - h);
+      gate_conv(h, end);
+      multiply_fc2(h, end);
+    }
+  }
+
+ private:
+  template <typename T>
+  T* part(std::int64_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(task_.window) + offset);
+  }
+  template <typename T>
+  const T* packed(std::int64_t offset) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(call_.packed) + offset);
+  }
+  std::int64_t halo_width() const { return halo1_ - halo0_; }
+  float* ring_row(std::int64_t vector, std::int64_t h) const {
+    return ring_ + (vector * window_.ring_rows + h % window_.ring_rows) * window_.padded_width * L;
+  }
+
+  // Columns outside the image are zero in every row.
+  void clear_ring() const {
+    const std::int64_t first = halo0_ - (task_.w0 - R_), last = first + halo_width();
+    for (std::int64_t r = 0; r < at_.conv / L * window_.ring_rows; ++r) {
+      float* row = ring_ + r * window_.padded_width * L;
+      __builtin_memset(row, 0, sizeof(float) * first * L);
+      __builtin_memset(row + last * L, 0, sizeof(float) * (window_.padded_width - last) * L);
+    }
+  }
+
+  // Rows [h0, h1) of the image to rows `at` and on of normed_.
+  void norm_rows(std::int64_t h0, std::int64_t h1, std::int64_t at) const {
+    Element* to = normed_ + at * halo_width() * window_.step1;
+    for (std::int64_t h = h0; h < h1; ++h) {
+      for (std::int64_t w = halo0_; w < halo1_; ++w, to += window_.step1) {
+        norm_pixel(pixel<Io>(call_.x, task_.n, h, w), shape_.dim, at_.depth1, shape_.eps,
+                   packed<float>(at_.norm_weight), packed<float>(at_.norm_bias), to);
+      }
+    }
+  }
+
+  // c = fc1's conv columns of the same rows, to the ring.
+  void fill_ring(std::int64_t h0, std::int64_t h1, std::int64_t at) const {
+    const std::int64_t pixels = (h1 - h0) * halo_width(), offset = halo0_ - (task_.w0 - R_);
+    const Element* a = normed_ + at * halo_width() * window_.step1;
+    for (std::int64_t v = 0; v < at_.conv / L; v += 2) {
+      const char* panel = packed<char>(at_.conv_panels) + v / 2 * at_.panel1;
+      const float* bias = packed<float>(at_.conv_bias1) + v * L;
+      const Vec bias0 = load(bias), bias1 = load(bias + L);
+      for_each_gemm_tile<kRows>(0, pixels, [&](auto rows, std::int64_t p) {
+        constexpr int kTileRows = decltype(rows)::value;
+        Products::template tile<kTileRows>(a + p * window_.step1, window_.step1, panel, at_.depth1, tiles_);
+        std::int64_t h = h0 + p / halo_width(), w = p % halo_width();
+        for (int r = 0; r < kTileRows; ++r) {
+          store(ring_row(v, h) + (w + offset) * L, load(tiles_ + r * kColumns) + bias0);
+          store(ring_row(v + 1, h) + (w + offset) * L, load(tiles_ + r * kColumns + L) + bias1);
+          if (++w == halo_width()) w = 0, ++h;
+        }
+      });
+    }
+  }
+
+  // Calls body(Constant<rows>, a, p) for tiles of the chunk's pixels: `a` their normed values, p their index.
+  template <typename Body>
+  void for_each_tile_of_chunk(std::int64_t rows, const Body& body) const {
+    const auto segment = [&](const Element* a, std::int64_t first, std::int64_t pixels) {
+      for_each_gemm_tile<kRows>(0, pixels,
+                                [&](auto tile, std::int64_t p) { body(tile, a + p * window_.step1, first + p); });
+    };
+    if (halo_width() == width_) {
+      segment(normed_, 0, rows * width_);
+      return;
+    }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      segment(normed_ + (r * halo_width() + task_.w0 - halo0_) * window_.step1, r * width_, width_);
+    }
+  }
+
+  // y = act(g) * i
+  void gate_identity(std::int64_t rows) const {
+    for (std::int64_t d = 0; d < at_.identity; d += kColumns) {
+      const char* panels = packed<char>(at_.identity_panels) + d / kColumns * 2 * at_.panel1;
+      const float *gate_bias = packed<float>(at_.identity_gate_bias) + d, *bias = packed<float>(at_.identity_bias) + d;
+      for_each_tile_of_chunk(rows, [&](auto tile, const Element* a, std::int64_t p) {
+        constexpr int kTileRows = decltype(tile)::value;
+        float *g = tiles_, *i = tiles_ + kMaxTileRows * kColumns;
+        Products::template tile<kTileRows>(a, window_.step1, panels, at_.depth1, g);
+        Products::template tile<kTileRows>(a, window_.step1, panels + at_.panel1, at_.depth1, i);
+        Element* y = y_ + p * window_.step2 + d;
+        for (int r = 0; r < kTileRows; ++r) {
+          for (int v = 0; v < kColumns; v += L) {
+            const Vec gate = GateOf<act, Element>::value(load(g + r * kColumns + v) + load(gate_bias + v));
+            store(y + r * window_.step2 + v, gate * (load(i + r * kColumns + v) + load(bias + v)));
+          }
+        }
+      });
+    }
+  }
+
+  // y = act(g) * dwconv(c) on rows [h0, h1)
+  void gate_conv(std::int64_t h0, std::int64_t h1) const {
+    const std::int64_t pixels = (h1 - h0) * width_;
+    for (std::int64_t d = 0; d < at_.conv; d += kColumns) {
+      for (std::int64_t v = 0; v < 2; ++v) {
+        for (std::int64_t h = h0; h < h1; ++h) convolve_row(d / L + v, h, s_ + (v * pixels + (h - h0) * width_) * L);
+      }
+      const char* panel = packed<char>(at_.gate_panels) + d / kColumns * at_.panel1;
+      const float* bias = packed<float>(at_.gate_bias) + d;
+      for_each_tile_of_chunk(h1 - h0, [&](auto tile, const Element* a, std::int64_t p) {
+        constexpr int kTileRows = decltype(tile)::value;
+        Products::template tile<kTileRows>(a, window_.step1, panel, at_.depth1, tiles_);
+        Element* y = y_ + p * window_.step2 + at_.identity + d;
+        for (int r = 0; r < kTileRows; ++r) {
+          for (int v = 0; v < 2; ++v) {
+            const Vec gate = GateOf<act, Element>::value(load(tiles_ + r * kColumns + v * L) + load(bias + v * L));
+            store(y + r * window_.step2 + v * L, gate * load(s_ + (v * pixels + p + r) * L));
+          }
+        }
+      });
+    }
+  }
+
+  void convolve_row(std::int64_t vector, std::int64_t h, float* out) const {
+    const std::int64_t taps = static_cast<std::int64_t>(shape_.K) * shape_.K;
+    const float* x[kMaxFilter];
+    FilterRows<Vec> rows;
+    rows.x = x;
+    rows.K = shape_.K;
+    rows.kh0 = static_cast<int>(h < R_ ? R_ - h : 0);
+    rows.kh1 = static_cast<int>(h + R_ < call_.H ? shape_.K : call_.H - h + R_);
+    for (int kh = rows.kh0; kh < rows.kh1; ++kh) x[kh] = ring_row(vector, h - R_ + kh);
+    rows.weight = packed<float>(at_.filter) + vector * taps * L;
+    rows.tap_step = L;
+    rows.row_step = shape_.K * L;
+    conv_row_any(rows, width_, load(packed<float>(at_.filter_bias) + vector * L), out);
+  }
+
+  // out = x + scale * fc2(y) on rows [h0, h1)
+  void multiply_fc2(std::int64_t h0, std::int64_t h1) const {
+    for (std::int64_t d = 0; d < at_.dim; d += kColumns) {
+      const char* panel = packed<char>(at_.fc2_panels) + d / kColumns * at_.panel2;
+      const float *bias = packed<float>(at_.fc2_bias) + d, *scale = packed<float>(at_.scale) + d;
+      const std::int64_t columns = smaller(kColumns, shape_.dim - d);
+      for_each_gemm_tile<kRows>(0, (h1 - h0) * width_, [&](auto tile, std::int64_t p) {
+        constexpr int kTileRows = decltype(tile)::value;
+        Products::template tile<kTileRows>(y_ + p * window_.step2, window_.step2, panel, at_.depth2, tiles_);
+        std::int64_t h = h0 + p / width_, w = task_.w0 + p % width_;
+        for (int r = 0; r < kTileRows; ++r) {
+          const Io* x = pixel<Io>(call_.x, task_.n, h, w) + d;
+          Io* out = static_cast<Io*>(call_.out) + ((task_.n * call_.H + h) * call_.W + w) * shape_.dim + d;
+          for_each_vector<L>(columns, [&](std::int64_t v, int lanes) {
+            const Vec sum = load(tiles_ + r * kColumns + v) + load(bias + v);
+            store_lanes(out + v, fma(sum, load(scale + v), load_lanes<Vec>(x + v, lanes)), lanes);
+          });
+          if (++w == task_.w1) w = task_.w0, ++h;
+        }
+      });
+    }
+  }
+
+  const BlockTask& task_;
+  const GatedCnnBlockCall& call_;
+  const GatedCnnBlockShape& shape_;
+  const BlockPack& at_;
+  const std::int64_t width_, R_, halo0_, halo1_;
+  const BlockWindow window_;
+  Element* normed_;
+  float* ring_;
+  Element* y_;
+  float *s_, *tiles_;
+};
+
+template <typename Io, typename Products>
+void run_block(const BlockTask& task) {
+  switch (task.call->shape.act) {
+    case Act::kGelu: return BlockRunner<Act::kGelu, Io, Products>(task).run();
+    case Act::kGeluTanh: return BlockRunner<Act::kGeluTanh, Io, Products>(task).run();
+    case Act::kSilu: return BlockRunner<Act::kSilu, Io, Products>(task).run();
+    case Act::kIdentity: return BlockRunner<Act::kIdentity, Io, Products>(task).run();
+  }
+}
+
+template <typename Products, int kId>
+const BlockKernels* block_kernels_for(DType io) {
+  constexpr int kBytes = sizeof(typename Products::Element);
+  static constexpr BlockKernels kFloat32 = {kId, Vec::kLanes, kBytes, run_block<float, Products>};
+  static constexpr BlockKernels kBFloat16 = {kId, Vec::kLanes, kBytes, run_block<BFloat16, Products>};
+  return io == DType::kFloat32 ? &kFloat32 : io == DType::kBFloat16 ? &kBFloat16 : nullptr;
+}
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu

@@ -1,0 +1,240 @@
+// The whole block: packing of its parameters, the cut of a call into tasks, and which instruction set runs them.
+#include <algorithm>
+#include <cstring>
+
+#include "block_kernels.h"
+#include "convert.h"
+#include "gated_cnn_block_cpu.h"
+#include "tasks.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+// Pixels of a chunk: enough that the panels of weights, streamed from L2 or L3 once per chunk, cost little beside the
+// arithmetic on them; few enough that the chunk stays in L2 (benchmarks/NOTES.md).
+constexpr std::int64_t kChunkPixels = 112;
+constexpr std::int64_t kMaxBlockWidth = 160;  // columns of one task
+
+const BlockKernels* kernels_of(DType multiplied, DType io) {
+#ifdef MAMBAOUT_X86
+  const Isa isa = current_isa();
+  if (isa == Isa::kAvx512Bf16) {
+    const BlockKernels* kernels = block_kernels_avx512_bf16(multiplied, io);
+    return kernels != nullptr ? kernels : block_kernels_avx512(multiplied, io);
+  }
+  if (isa == Isa::kAvx512) return block_kernels_avx512(multiplied, io);
+  if (isa == Isa::kAvx2) return block_kernels_avx2(multiplied, io);
+#endif
+  return block_kernels_portable(multiplied, io);
+}
+
+std::int64_t padded(std::int64_t count, std::int64_t unit) { return ceil_div(count, unit) * unit; }
+
+BlockPack lay_out(const GatedCnnBlockShape& shape, const BlockKernels& kernels) {
+  BlockPack at;
+  const std::int64_t pair = kernels.element_bytes == 2 ? 2 : 1;
+  at.columns = 2 * kernels.lanes;
+  at.dim = padded(shape.dim, at.columns);
+  at.identity = padded(shape.D - shape.C, at.columns);
+  at.conv = padded(shape.C, at.columns);
+  at.depth1 = padded(shape.dim, pair);
+  at.depth2 = at.identity + at.conv;
+  at.panel1 = at.depth1 * at.columns * kernels.element_bytes;
+  at.panel2 = at.depth2 * at.columns * kernels.element_bytes;
+  std::int64_t next = 0;
+  const auto take = [&](std::int64_t bytes) {
+    const std::int64_t begin = next;
+    next += align_up(bytes);
+    return begin;
+  };
+  const auto floats = [&](std::int64_t count) { return take(count * 4); };
+  at.norm_weight = floats(at.dim);
+  at.norm_bias = floats(at.dim);
+  at.conv_panels = take(at.conv / at.columns * at.panel1);
+  at.conv_bias1 = floats(at.conv);
+  at.identity_panels = take(at.identity / at.columns * 2 * at.panel1);
+  at.identity_gate_bias = floats(at.identity);
+  at.identity_bias = floats(at.identity);
+  at.gate_panels = take(at.conv / at.columns * at.panel1);
+  at.gate_bias = floats(at.conv);
+  at.filter = floats(at.conv * shape.K * shape.K);
+  at.filter_bias = floats(at.conv);
+  at.fc2_panels = take(at.dim / at.columns * at.panel2);
+  at.fc2_bias = floats(at.dim);
+  at.scale = floats(at.dim);
+  at.total = next;
+  return at;
+}
+
+// Rows and columns of a matrix, (out, in) as nn.Linear has it, to panels; `column(k)` is the place of the k-th of
+// `depth` inputs in the matrix, or negative for a zero.
+class Packer {
+ public:
+  Packer(const GatedCnnBlockShape& shape, const BlockKernels& kernels, void* packed)
+      : at(lay_out(shape, kernels)), kernels_(kernels), packed_(static_cast<char*>(packed)) {}
+
+  float* floats(std::int64_t offset) const { return reinterpret_cast<float*>(packed_ + offset); }
+
+  // to[i] = from[i] for i < count, or `missing` for a null `from`.
+  void vector(std::int64_t offset, const float* from, std::int64_t count, float missing = 0.0f) const {
+    for (std::int64_t i = 0; i < count; ++i) floats(offset)[i] = from == nullptr ? missing : from[i];
+  }
+
+  template <typename Column>
+  void panel(std::int64_t offset, const float* matrix, std::int64_t matrix_step, std::int64_t rows, std::int64_t depth,
+             const Column& column) const {
+    char* to = packed_ + offset;
+    for (std::int64_t j = 0; j < std::min(rows, at.columns); ++j) {
+      for (std::int64_t k = 0; k < depth; ++k) {
+        const std::int64_t from = column(k);
+        const float value = from < 0 ? 0.0f : matrix[j * matrix_step + from];
+        if (kernels_.element_bytes == 4) {
+          reinterpret_cast<float*>(to)[k * at.columns + j] = value;
+        } else {
+          narrow(value, reinterpret_cast<BFloat16*>(to) + (k / 2 * at.columns + j) * 2 + k % 2);
+        }
+      }
+    }
+  }
+
+  const BlockPack at;
+
+ private:
+  const BlockKernels& kernels_;
+  char* packed_;
+};
+
+struct Cut {
+  std::int64_t strips, columns, chunk_rows, width;
+};
+Cut cut(const GatedCnnBlockCall& call, int num_threads) {
+  Cut c;
+  c.columns = ceil_div(call.W, kMaxBlockWidth);
+  c.width = ceil_div(call.W, c.columns);
+  c.strips = 1;
+  // A strip norms and multiplies R rows of its neighbours again: no more of them than the threads can use.
+  const std::int64_t R = call.shape.K / 2;
+  const auto uneven = [&] {
+    const std::int64_t tasks = call.N * c.columns * c.strips;
+    return tasks < 4 * num_threads && tasks % num_threads != 0;
+  };
+  while (uneven() && call.H / (c.strips + 1) >= std::max<std::int64_t>(1, R)) ++c.strips;
+  const std::int64_t rows = ceil_div(call.H, c.strips);
+  const std::int64_t chunks = std::max<std::int64_t>(1, (rows * c.width + kChunkPixels / 2) / kChunkPixels);
+  c.chunk_rows = ceil_div(rows, std::min(chunks, rows));
+  return c;
+}
+
+}  // namespace
+
+BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, const BlockKernels& kernels,
+                         std::int64_t width, std::int64_t chunk_rows) {
+  const std::int64_t R = shape.K / 2, pixels = chunk_rows * width, line = kLine / kernels.element_bytes;
+  const std::int64_t halo_rows = shape.C > 0 ? R : 0;
+  BlockWindow w;
+  // Off the powers of two: rows of a tile that are a multiple of 4 KiB apart would share their places in L1.
+  w.step1 = padded(at.depth1, line) + line;
+  w.step2 = padded(at.depth2, line) + line;
+  w.ring_rows = chunk_rows + 2 * R;
+  w.padded_width = width + 2 * R;
+  std::int64_t next = 0;
+  const auto take = [&](std::int64_t bytes) {
+    const std::int64_t begin = next;
+    next += align_up(bytes);
+    return begin;
+  };
+  w.normed = take((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width * w.step1 * kernels.element_bytes);
+  w.ring = take(at.conv * w.ring_rows * w.padded_width * 4);
+  w.y = take(pixels * w.step2 * kernels.element_bytes);
+  w.s = take(2 * pixels * kernels.lanes * 4);
+  w.tiles = take(2 * kMaxTileRows * at.columns * 4);
+  w.total = next;
+  return w;
+}
+
+bool block_supports(DType multiplied) { return kernels_of(multiplied, DType::kFloat32) != nullptr; }
+
+std::int64_t block_pack_bytes(const GatedCnnBlockShape& shape) {
+  return lay_out(shape, *kernels_of(shape.multiplied, DType::kFloat32)).total;
+}
+int block_pack_id(const GatedCnnBlockShape& shape) { return kernels_of(shape.multiplied, DType::kFloat32)->id; }
+
+void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters, void* packed) {
+  const BlockKernels& kernels = *kernels_of(shape.multiplied, DType::kFloat32);
+  const Packer packer(shape, kernels, packed);
+  const BlockPack& at = packer.at;
+  const std::int64_t identity = shape.D - shape.C, dim = shape.dim, L = kernels.lanes, taps = shape.K * shape.K;
+  std::memset(packed, 0, at.total);
+  packer.vector(at.norm_weight, parameters.norm_weight, dim, 1.0f);
+  packer.vector(at.norm_bias, parameters.norm_bias, dim);
+
+  // fc1's rows: gate of the identity channels, gate of the conv channels, identity, conv.
+  const auto fc1 = [&](std::int64_t offset, std::int64_t step, std::int64_t first, std::int64_t count) {
+    for (std::int64_t j = 0; j < count; j += at.columns) {
+      packer.panel(offset + j / at.columns * step, parameters.fc1_weight + (first + j) * dim, dim, count - j, at.depth1,
+                   [&](std::int64_t k) { return k < dim ? k : -1; });
+    }
+  };
+  const auto fc1_bias = [&](std::int64_t offset, std::int64_t first, std::int64_t count) {
+    const float* bias = parameters.fc1_bias;
+    packer.vector(offset, bias == nullptr ? nullptr : bias + first, count);
+  };
+  fc1(at.identity_panels, 2 * at.panel1, 0, identity);
+  fc1(at.identity_panels + at.panel1, 2 * at.panel1, shape.D, identity);
+  fc1(at.gate_panels, at.panel1, identity, shape.C);
+  fc1(at.conv_panels, at.panel1, shape.D + identity, shape.C);
+  fc1_bias(at.identity_gate_bias, 0, identity);
+  fc1_bias(at.identity_bias, shape.D, identity);
+  fc1_bias(at.gate_bias, identity, shape.C);
+  fc1_bias(at.conv_bias1, shape.D + identity, shape.C);
+
+  for (std::int64_t c = 0; c < shape.C; ++c) {
+    for (std::int64_t k = 0; k < taps; ++k) {
+      packer.floats(at.filter)[(c / L * taps + k) * L + c % L] = parameters.conv_weight[c * taps + k];
+    }
+  }
+  packer.vector(at.filter_bias, parameters.conv_bias, shape.C);
+
+  for (std::int64_t j = 0; j < dim; j += at.columns) {
+    packer.panel(at.fc2_panels + j / at.columns * at.panel2, parameters.fc2_weight + j * shape.D, shape.D, dim - j,
+                 at.depth2, [&](std::int64_t k) {
+                   if (k < at.identity) return k < identity ? k : -1;
+                   return k - at.identity < shape.C ? k - at.identity + identity : -1;
+                 });
+  }
+  packer.vector(at.fc2_bias, parameters.fc2_bias, dim);
+  packer.vector(at.scale, parameters.scale, dim, 1.0f);
+}
+
+std::int64_t block_workspace_bytes(const GatedCnnBlockCall& call, int num_threads) {
+  if (call.N * call.H * call.W == 0) return kLine;
+  const BlockKernels& kernels = *kernels_of(call.shape.multiplied, call.dtype);
+  const Cut c = cut(call, num_threads);
+  return num_threads * block_window(lay_out(call.shape, kernels), call.shape, kernels, c.width, c.chunk_rows).total +
+         kLine;
+}
+
+void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
+  if (call.N * call.H * call.W == 0) return;
+  const BlockKernels& kernels = *kernels_of(call.shape.multiplied, call.dtype);
+  const BlockPack at = lay_out(call.shape, kernels);
+  const Cut c = cut(call, num_threads);
+  const std::int64_t bytes = block_window(at, call.shape, kernels, c.width, c.chunk_rows).total;
+  char* base = align_up(workspace);
+  run_tasks(call.N * c.strips * c.columns, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
+    const std::int64_t column = task % c.columns, strip = task / c.columns % c.strips;
+    BlockTask t;
+    t.call = &call;
+    t.at = &at;
+    t.n = task / c.columns / c.strips;
+    t.h0 = part_begin(call.H, c.strips, strip);
+    t.h1 = part_begin(call.H, c.strips, strip + 1);
+    t.w0 = part_begin(call.W, c.columns, column);
+    t.w1 = part_begin(call.W, c.columns, column + 1);
+    t.chunk_rows = c.chunk_rows;
+    t.window = base + slot * bytes;
+    kernels.run(t);
+  });
+}
+
+}  // namespace mambaout_kernels::cpu

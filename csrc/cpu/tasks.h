@@ -1,0 +1,50 @@
+// How a call is cut into tasks and run on the caller's threads: for the dispatchers only, never for the translation
+// units of an instruction set, whose inline functions must not be shared.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "gated_dwconv_cpu.h"
+
+namespace mambaout_kernels::cpu {
+
+constexpr std::int64_t kLine = 64;
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t align_up(std::int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
+inline char* align_up(void* p) {
+  return reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(p) + kLine - 1) / kLine * kLine);
+}
+
+// [0, count) in `parts` parts whose sizes differ by one at most.
+inline std::int64_t part_begin(std::int64_t count, std::int64_t parts, std::int64_t i) { return count * i / parts; }
+
+// Runs body(slot, task) for every task. A slot belongs to one thread at a time; which tasks it gets is left to chance.
+template <typename Body>
+void run_tasks(std::int64_t tasks, int num_threads, ParallelFor parallel_for, const Body& body) {
+  if (tasks == 0) return;
+  const std::int64_t slots = std::min<std::int64_t>(num_threads, tasks);
+  if (slots == 1) {
+    for (std::int64_t task = 0; task < tasks; ++task) body(0, task);
+    return;
+  }
+  struct Context {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t tasks;
+    const Body& body;
+  } context{{0}, tasks, body};
+  parallel_for(
+      slots,
+      [](void* opaque, std::int64_t begin, std::int64_t end) {
+        auto& c = *static_cast<Context*>(opaque);
+        for (std::int64_t slot = begin; slot < end; ++slot) {
+          for (std::int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.tasks;)
+            c.body(slot, task);
+        }
+      },
+      &context);
+}
+
+}  // namespace mambaout_kernels::cpu

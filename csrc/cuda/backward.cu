@@ -1,0 +1,99 @@
+#include "backward.cuh"
+
+#include "any_filter.cuh"
+#include "backward_tiling.h"
+#include "launch.cuh"
+#include "partials.cuh"
+
+namespace mambaout_kernels::cuda {
+namespace {
+
+template <typename Traits>
+Tiling tiling_of(const GatedDwconvShape& shape) {
+  using P = Packet<typename Traits::T, Traits::kAligned>;
+  static_assert(Traits::kStrip == kBackwardStrip && Traits::kMaxGroups == kBackwardGroups);
+  return backward_tiling(static_cast<int>(shape.N), static_cast<int>(shape.H), static_cast<int>(shape.W),
+                         static_cast<int>(shape.C), static_cast<int>(shape.D - shape.C) / P::kChannels,
+                         2 * Traits::kMaxThreads);
+}
+
+// f(traits) of the kernel for a filter; false where it has none of its own.
+template <typename T, int K, typename F>
+bool with_filter(bool aligned, F f) {
+  if (aligned) {
+    f(BackwardTraits<T, K, true, kBackwardStrip>{});
+  } else {
+    f(BackwardTraits<T, K, false, kBackwardStrip>{});
+  }
+  return true;
+}
+template <typename T, typename F>
+bool with_traits(const GatedDwconvShape& shape, bool aligned, F f) {
+  switch (shape.C == 0 ? 3 : shape.K) {
+    case 3: return with_filter<T, 3>(aligned, f);
+    case 5: return with_filter<T, 5>(aligned, f);
+    case 7: return with_filter<T, 7>(aligned, f);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+template <>
+void backward_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvBackward& call, void* workspace, void* stream_) {
+  using T = ElementOf<DType::MAMBAOUT_DTYPE>::type;
+  const GatedDwconvShape& shape = call.shape;
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  BackwardArgs<T> args{};
+  args.N = static_cast<int>(shape.N);
+  args.H = static_cast<int>(shape.H);
+  args.W = static_cast<int>(shape.W);
+  args.D = static_cast<int>(shape.D);
+  args.C = static_cast<int>(shape.C);
+  args.act = shape.act;
+  args.u = static_cast<const T*>(call.u.data);
+  args.u_pitch = static_cast<int>(call.u.stride_w);
+  args.dy = static_cast<const T*>(call.dy.data);
+  args.dy_pitch = static_cast<int>(call.dy.stride_w);
+  args.weight = call.weight;
+  args.bias = call.bias;
+  args.weight_is_float32 = shape.weight_dtype == DType::kFloat32;
+  args.bias_is_float32 = shape.bias_dtype == DType::kFloat32;
+  args.du = static_cast<T*>(call.du);
+  args.partials = static_cast<float*>(workspace);
+  const bool aligned = aligned_16<T>(shape) && aligned_16<T>(args.u, args.u_pitch) &&
+                       aligned_16<T>(args.dy, args.dy_pitch) && aligned_16<T>(args.du, 2 * shape.D);
+  const bool own = with_traits<T>(shape, aligned, [&](auto traits) {
+    using Traits = decltype(traits);
+    args.tiling = tiling_of<Traits>(shape);
+    launch_kernel(gated_dwconv_bwd_kernel<Traits>, args.tiling.blocks(), Traits::threads(args.tiling),
+                  Traits::shared_bytes(args.tiling), stream, args);
+  });
+  if (!own) any_filter_backward(args, shape.K, stream);
+  if (shape.C == 0) return;
+  SumPartialsArgs<T> sums;
+  sums.partials = args.partials;
+  sums.slots = partial_slots(shape);
+  sums.taps = shape.K * shape.K + 1;
+  sums.C = args.C;
+  sums.dweight = call.dweight;
+  sums.dbias = call.dbias;
+  sums.weight_is_float32 = args.weight_is_float32;
+  sums.bias_is_float32 = args.bias_is_float32;
+  sum_partials(sums, stream);
+}
+
+template <>
+LaunchPlan backward_plan_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvShape& shape) {
+  using T = ElementOf<DType::MAMBAOUT_DTYPE>::type;
+  LaunchPlan plan{};
+  with_traits<T>(shape, aligned_16<T>(shape), [&](auto traits) {
+    using Traits = decltype(traits);
+    const Tiling t = tiling_of<Traits>(shape);
+    const int row_bytes = 3 * t.chunks * Traits::row_elements(t) * static_cast<int>(sizeof(T));
+    plan = {t.blocks(), Traits::threads(t), Traits::shared_bytes(t), Traits::kAhead * row_bytes};
+  });
+  return plan;
+}
+
+}  // namespace mambaout_kernels::cuda

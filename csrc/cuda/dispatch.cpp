@@ -1,0 +1,59 @@
+#include <stdexcept>
+#include <type_traits>
+
+#include "backward_tiling.h"
+#include "gated_dwconv_cuda.h"
+#include "typed_launch.h"
+
+namespace mambaout_kernels::cuda {
+
+bool supported(const GatedDwconvShape& shape) {
+  // Distances within a tile, and numbers of pixels and of partial sums, are 32-bit in the kernels.
+  constexpr std::int64_t kMost = std::int64_t{1} << 31;
+  return shape.dtype != DType::kFloat64 && shape.D <= kMostChannels && shape.N * shape.H * shape.W < kMost &&
+         shape.W * shape.D < kMost;
+}
+
+namespace {
+bool empty(const GatedDwconvShape& shape) { return shape.N == 0 || shape.H == 0 || shape.W == 0 || shape.D == 0; }
+}  // namespace
+
+std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape) {
+  if (empty(shape) || shape.C == 0) return 0;
+  return std::int64_t{partial_slots(shape)} * (shape.K * shape.K + 1) * shape.C * 4;
+}
+
+namespace {
+// f(the dtype as a constant)
+template <typename F>
+auto with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(std::integral_constant<DType, DType::kFloat32>{});
+    case DType::kBFloat16: return f(std::integral_constant<DType, DType::kBFloat16>{});
+    case DType::kFloat16: return f(std::integral_constant<DType, DType::kFloat16>{});
+    default: throw std::runtime_error("gated_dwconv: no float64 on CUDA");
+  }
+}
+}  // namespace
+
+void forward(const GatedDwconvForward& args, const Device& device, void* stream) {
+  if (empty(args.shape)) return;
+  with_dtype(args.shape.dtype, [&](auto dtype) { forward_as<dtype.value>(args, device, stream); });
+}
+
+void backward(const GatedDwconvBackward& args, void* workspace, void* stream) {
+  if (empty(args.shape)) return;
+  with_dtype(args.shape.dtype, [&](auto dtype) { backward_as<dtype.value>(args, workspace, stream); });
+}
+
+LaunchPlan forward_plan(const GatedDwconvShape& shape, const Device& device) {
+  if (empty(shape)) return {};
+  return with_dtype(shape.dtype, [&](auto dtype) { return forward_plan_as<dtype.value>(shape, device); });
+}
+
+LaunchPlan backward_plan(const GatedDwconvShape& shape) {
+  if (empty(shape)) return {};
+  return with_dtype(shape.dtype, [&](auto dtype) { return backward_plan_as<dtype.value>(shape); });
+}
+
+}  // namespace mambaout_kernels::cuda

@@ -1,0 +1,39 @@
+// CUDA backend: what bindings_cuda.cpp calls. Includes no torch and no CUDA header.
+#pragma once
+
+#include "../gated_dwconv.h"
+
+namespace mambaout_kernels::cuda {
+
+struct Device {
+  int multiprocessors;
+  int major;  // of its compute capability
+};
+
+constexpr std::int64_t kMostChannels = 1 << 20;  // D
+constexpr std::int64_t kMostSpacing = 1 << 24;   // elements from one pixel of u or dy to the next
+
+// No fp64; D up to kMostChannels; fewer than 2^31 pixels, and than 2^31 values in a row of y.
+// The pixels of u and dy lie evenly spaced in memory: stride_h = W * stride_w and stride_n = H * stride_h. Both begin
+// at a multiple of 4 bytes, and for two-byte types the spacing of u is even.
+bool supported(const GatedDwconvShape& shape);
+
+// What a launch is made of, for a contiguous u; all 0 where the filter has no kernel of its own.
+struct LaunchPlan {
+  std::int64_t blocks;
+  int threads, shared_bytes;  // of a block
+  int bytes_ahead;            // that a block has under way from global memory while it computes
+};
+LaunchPlan forward_plan(const GatedDwconvShape& shape, const Device& device);
+LaunchPlan backward_plan(const GatedDwconvShape& shape);
+
+// Scratch device memory of a backward launch, for the partial sums of dweight and dbias; its size depends on the shape
+// alone, and so does the order of the sums. An empty u leaves dweight and dbias to the caller.
+std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape);
+
+// Starts the kernels on `stream` (a cudaStream_t) of the current device and returns; nothing is allocated.
+// std::runtime_error where a launch fails.
+void forward(const GatedDwconvForward& args, const Device& device, void* stream);
+void backward(const GatedDwconvBackward& args, void* workspace, void* stream);
+
+}  // namespace mambaout_kernels::cuda

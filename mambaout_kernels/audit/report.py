@@ -1,0 +1,157 @@
+"""What `mambaout-kernels audit` prints: each shipped kernel as compiled, its gates, and predictions for the family."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..benchmarking import shapes
+from .devices import device
+from .record import CompiledKernel
+from .roofline import Prediction, Shape, floor_elements, l2_elements, partial_bytes, predict
+from .table import LEAST_SHARE, Row, failures, row
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A prediction for one stage of a variant."""
+
+    label: str
+    shape: Shape
+    prediction: Prediction
+    bytes_per_pixel: float  # DRAM, by construction
+    l2_bytes_per_pixel: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    row: Row
+    failures: list[str]
+    stages: list[Stage]
+
+    def as_dict(self) -> dict[str, Any]:
+        kernel, found = self.row.kernel, self.row
+        return {
+            "backend": kernel.backend,
+            "kernel": kernel.name,
+            "dtype": kernel.dtype,
+            "target": kernel.target,
+            "tile": [kernel.block_h, kernel.block_w, kernel.block_d],
+            "threads": kernel.threads,
+            "registers": found.registers,
+            "spills": found.spills,
+            "shared_bytes": kernel.shared_bytes,
+            "loads": dict(found.loads),
+            "stores": dict(found.stores),
+            "multiply_adds_per_output": found.multiply_adds,
+            "barriers_in_main_loop": found.barriers,
+            "occupancy": found.occupancy,
+            "bytes_in_flight": found.bytes_in_flight,
+            "failures": self.failures,
+            "stages": [
+                {
+                    "label": s.label,
+                    "predicted_us": s.prediction.microseconds,
+                    "bound_by": s.prediction.bound_by,
+                    "share_of_dram_roofline": s.prediction.share,
+                    "dram_bytes_per_pixel": s.bytes_per_pixel,
+                    "l2_bytes_per_pixel": s.l2_bytes_per_pixel,
+                }
+                for s in self.stages
+            ],
+        }
+
+
+def _family(variant: str, batch: int) -> Iterator[tuple[str, Shape]]:
+    for stage in shapes.stages(variant):
+        yield stage.label, Shape(batch, stage.height, stage.width, stage.hidden, stage.conv_channels)
+
+
+def _stage(kernel: CompiledKernel, found: Row, label: str, shape: Shape, programs: int) -> Stage:
+    if kernel.name == "weight_gradient":  # its loops run over the maps
+        shares = max(1, programs // -(-shape.C // kernel.block_d))
+        items = shape.N * -(-shape.W // kernel.block_w)
+        found = row(kernel, shape.H, max(1.0, items / shares))
+    elements = floor_elements(kernel.name, shape) * kernel.element_bytes
+    return Stage(
+        label,
+        shape,
+        predict(kernel, found.executed, shape, device(kernel.target), programs),
+        elements + partial_bytes(kernel, shape, programs) / shape.pixels,
+        l2_elements(kernel, shape) * kernel.element_bytes,
+    )
+
+
+def entry(kernel: CompiledKernel, variant: str = "mambaout_tiny", batch: int = 128, programs: int = 512) -> Entry:
+    """Read one kernel of any backend. `programs`: how many share the weight gradient."""
+    found = row(kernel)
+    stages = []
+    if kernel.cubin is not None:
+        stages = [_stage(kernel, found, label, shape, programs) for label, shape in _family(variant, batch)]
+    broken = failures(found)
+    if kernel.name == "forward":
+        broken += [
+            f"{s.label}: {s.prediction.share:.0%} of the DRAM roofline, by {s.prediction.bound_by}"
+            for s in stages
+            if s.prediction.share < LEAST_SHARE
+        ]
+    return Entry(found, broken, stages)
+
+
+HEADINGS = (
+    "target", "kernel", "dtype", "tile", "warps", "regs", "spills", "shared", "16-byte ld/st", "FMA/output",
+    "barriers", "occupancy", "KiB in flight", "gates",
+)  # fmt: skip
+
+
+def lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """Cells of the first table, under HEADINGS."""
+    return [_line(e) for e in entries]
+
+
+def _line(e: Entry) -> tuple[str, ...]:
+    found, kernel = e.row, e.row.kernel
+    warp = 64 if kernel.target.startswith("gfx") else 32
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    wide = f"{found.loads[16]}/{found.stores[16]}"
+    others = sum(found.loads.values()) + sum(found.stores.values()) - found.loads[16] - found.stores[16]
+    return (
+        kernel.target,
+        kernel.name,
+        kernel.dtype,
+        f"{kernel.block_h}x{kernel.block_w}x{kernel.block_d}",
+        str(kernel.threads // warp),
+        str(found.registers),
+        str(found.spills),
+        str(kernel.shared_bytes),
+        wide + (f" +{others} narrow" if others else ""),
+        shown(found.multiply_adds, ".1f"),
+        shown(found.barriers, "d"),
+        shown(found.occupancy, ".0%"),
+        shown(found.bytes_in_flight and found.bytes_in_flight / 1024, ".0f"),
+        "; ".join(e.failures) or "pass",
+    )
+
+
+STAGE_HEADINGS = ("device", "kernel", "dtype", "stage", "bytes/pixel", "from L2", "predicted us", "of DRAM", "bound by")
+
+
+def stage_lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """Cells of the second table, under STAGE_HEADINGS."""
+    return [
+        (
+            device(e.row.kernel.target).name,
+            e.row.kernel.name,
+            e.row.kernel.dtype,
+            s.label,
+            f"{s.bytes_per_pixel:.0f}",
+            f"{s.l2_bytes_per_pixel:.0f}",
+            f"{s.prediction.microseconds:.0f}",
+            f"{s.prediction.share:.0%}",
+            s.prediction.bound_by,
+        )
+        for e in entries
+        for s in e.stages
+    ]

@@ -1,0 +1,127 @@
+"""Bytes moved and time predicted for a compiled kernel on a datasheet. Nothing here is a measurement."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from .devices import ALU_LANES, ISSUE_SLOTS, L1_BYTES, L2_BYTES, SPECIAL_LANES, WARP, Device
+from .record import CompiledKernel
+
+_FMA_PIPE = frozenset(("FFMA", "FMUL", "FADD", "IMAD"))
+_FREE_PIPE = frozenset(("LDG", "STG", "LDS", "STS", "BRA", "EXIT", "BAR", "NOP", "MUFU", "SHFL", "LDC", "S2R", "BSSY"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Maps (N, H, W) of the op, hidden D, conv channels C."""
+
+    N: int
+    H: int
+    W: int
+    D: int
+    C: int
+
+    @property
+    def pixels(self) -> int:
+        return self.N * self.H * self.W
+
+
+def floor_elements(name: str, shape: Shape) -> int:
+    """Elements per pixel that the kernel's outputs and inputs hold: what it cannot avoid to move."""
+    return {
+        "forward": 3 * shape.D,  # u in, y out
+        "gate_backward": 5 * shape.D,  # u, dy in; dg, di, e out
+        "input_gradient": 2 * shape.C,  # e in, dc out
+        "weight_gradient": 2 * shape.C,  # e, c in
+    }[name]
+
+
+def blocks(kernel: CompiledKernel, shape: Shape) -> tuple[int, int]:
+    """Blocks of threads that convolve, and that do the identity branch. weight_gradient: items, each of one height."""
+    along_h = 1 if kernel.name == "weight_gradient" else -(-shape.H // kernel.block_h)
+    tiles = shape.N * along_h * -(-shape.W // kernel.block_w)
+    identity = shape.D - shape.C if kernel.name in ("forward", "gate_backward") else 0
+    return tiles * -(-shape.C // kernel.block_d), tiles * -(-identity // kernel.block_d)
+
+
+def l2_elements(kernel: CompiledKernel, shape: Shape) -> float:
+    """Elements per pixel between multiprocessors and L2: DRAM's, and the halo that neighbours read again."""
+    R = kernel.K // 2
+    if kernel.name == "weight_gradient":
+        return shape.C * (1 + min(shape.W, kernel.block_w + 2 * R) / min(shape.W, kernel.block_w))
+    along_h, along_w = -(-shape.H // kernel.block_h), -(-shape.W // kernel.block_w)
+    read_h = sum(min(shape.H, (t + 1) * kernel.block_h + R) - max(0, t * kernel.block_h - R) for t in range(along_h))
+    read_w = sum(min(shape.W, (t + 1) * kernel.block_w + R) - max(0, t * kernel.block_w - R) for t in range(along_w))
+    halo = read_h * read_w / (shape.H * shape.W)
+    return floor_elements(kernel.name, shape) + shape.C * (halo - 1)
+
+
+def partial_bytes(kernel: CompiledKernel, shape: Shape, programs: int) -> int:
+    """The weight gradient's fp32 partials, written and read back."""
+    if kernel.name != "weight_gradient":
+        return 0
+    channel_blocks = -(-shape.C // kernel.block_d)
+    return 2 * 4 * max(1, programs // channel_blocks) * (kernel.K**2 + 1) * shape.C
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Microseconds by each limit; the slowest one is the prediction."""
+
+    limits: dict[str, float]
+    floor: float  # DRAM's time for the elements that cannot be avoided
+
+    @property
+    def microseconds(self) -> float:
+        return max(self.limits.values())
+
+    @property
+    def bound_by(self) -> str:
+        return max(self.limits, key=lambda name: self.limits[name])
+
+    @property
+    def share(self) -> float:
+        """Of the DRAM roofline."""
+        return self.floor / self.microseconds
+
+
+def predict(
+    kernel: CompiledKernel,
+    executed: tuple[Counter[str], Counter[str]],
+    shape: Shape,
+    device: Device,
+    programs: int,
+) -> Prediction:
+    """`executed`: opcodes that one thread runs in a block that convolves, and in one of the identity branch.
+
+    Every limit at its datasheet rate, as if the others were hidden behind it; whole waves of blocks; `programs` of the
+    weight gradient share the items.
+    """
+    warps = kernel.threads / WARP
+    total: Counter[str] = Counter()
+    for counts, number in zip(executed, blocks(kernel, shape), strict=True):
+        for opcode, times in counts.items():
+            total[opcode] += times * number * warps  # type: ignore[assignment]
+    cycles = {
+        "issue": sum(total.values()) / ISSUE_SLOTS,
+        "FMA": sum(n for o, n in total.items() if o.partition(".")[0] in _FMA_PIPE) * WARP / device.fma_lanes
+        + total["FFMA2"] * 2 * WARP / device.fma_lanes,
+        "ALU": sum(n for o, n in total.items() if _on_alu(o)) * WARP / ALU_LANES,
+        "MUFU": sum(n for o, n in total.items() if o.startswith("MUFU")) * WARP / SPECIAL_LANES,
+        "L1": sum(n * _bytes(o) for o, n in total.items() if o.startswith(("LDG", "STG"))) * WARP / L1_BYTES,
+        "L2": l2_elements(kernel, shape) * kernel.element_bytes * shape.pixels / L2_BYTES,
+    }
+    microseconds = {name: n / device.multiprocessors / device.ghz / 1e3 for name, n in cycles.items()}
+    floor = floor_elements(kernel.name, shape) * kernel.element_bytes * shape.pixels / device.dram_tb_s / 1e6
+    dram = floor + partial_bytes(kernel, shape, programs) / device.dram_tb_s / 1e6
+    return Prediction({"DRAM": dram, **microseconds}, floor)
+
+
+def _on_alu(opcode: str) -> bool:
+    name = opcode.partition(".")[0]
+    return name not in _FMA_PIPE and name not in _FREE_PIPE and name != "FFMA2" and not name.startswith("U")
+
+
+def _bytes(opcode: str) -> int:
+    from .sass import Instruction
+
+    return Instruction(0, None, opcode, "").bytes

@@ -1,0 +1,121 @@
+"""Every Triton kernel as it is launched, compiled ahead of time: no GPU, no driver."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..backends.triton_kernels import tiles
+from .record import CompiledKernel
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = {"float32": ("fp32", 32), "bfloat16": ("bf16", 16), "float16": ("fp16", 16)}
+_WIDTHS = (7, 14, 28, 56)  # of the family's maps at 224 x 224
+_TYPED = frozenset(("u_ptr", "y_ptr", "dy_ptr", "du_ptr", "e_ptr"))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel with one tile for one target. aligned: every size and stride is a multiple of 16."""
+
+    kernel: str
+    target: str
+    dtype: str
+    tile: tiles.Tile
+    K: int = 7
+    act: str = "gelu"
+    aligned: bool = True
+
+
+def configurations(
+    targets: tuple[str, ...] = TARGETS, kernel_sizes: tuple[int, ...] = (7,), acts: tuple[str, ...] = ("gelu",)
+) -> Iterator[Configuration]:
+    """What tiles.json launches for the family's maps, each once."""
+    seen = set()
+    for target in targets:
+        for kernel in tiles.KERNELS:
+            for dtype, (_, bits) in DTYPES.items():
+                for width in _WIDTHS:
+                    for K in kernel_sizes:
+                        for act in acts if kernel in ("forward", "gate_backward") else acts[:1]:
+                            tile = tiles.choose(target, kernel, bits, width, K)
+                            seen.add(Configuration(kernel, target, dtype, tile, K, act))
+        yield from sorted(seen, key=str)
+        seen.clear()
+
+
+def _kernel(configuration: Configuration) -> tuple[Any, dict[str, Any]]:
+    """The jitted function and its compile-time constants."""
+    from ..backends.triton_kernels import backward, forward, weight_gradient
+
+    tile, K = configuration.tile, configuration.K
+    constants = {"K": K, "VEC": 16 if configuration.aligned else 1, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d}
+    if configuration.kernel == "weight_gradient":
+        group = K if K <= tiles.LARGEST_FAST_FILTER else 1
+        return weight_gradient.weight_gradient_partials, constants | {"GROUP": group}
+    constants["BLOCK_H"] = tile.block_h
+    if configuration.kernel == "input_gradient":
+        return backward.input_gradient, constants
+    function = forward.gated_dwconv_fwd if configuration.kernel == "forward" else backward.gate_backward
+    return function, constants | {"ACT": configuration.act}
+
+
+def _signature(function: Any, constants: dict[str, Any], element: str, aligned: bool) -> tuple[dict, dict]:
+    """Types by argument, and which of them are multiples of 16, as the launcher finds them."""
+    types, multiples = {}, {}
+    for position, name in enumerate(function.arg_names):
+        pointer = name.endswith("_ptr")
+        types[name] = (
+            "constexpr" if name in constants else f"*{element if name in _TYPED else 'fp32'}" if pointer else "i32"
+        )
+        if pointer or (aligned and name not in constants and (name in ("D", "C") or "stride" in name)):
+            multiples[(position,)] = [["tt.divisibility", 16]]
+    return types, multiples
+
+
+def compile_ahead(configuration: Configuration) -> CompiledKernel:
+    """Machine code of a configuration. RuntimeError under TRITON_INTERPRET=1, where nothing is compiled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    function, constants = _kernel(configuration)
+    if not hasattr(function, "arg_names") or type(function).__name__ == "InterpretedFunction":
+        raise RuntimeError("TRITON_INTERPRET is set: kernels run in the interpreter and cannot be compiled")
+    types, multiples = _signature(function, constants, DTYPES[configuration.dtype][0], configuration.aligned)
+    amd = configuration.target.startswith("gfx")
+    target = GPUTarget("hip", configuration.target, 64) if amd else GPUTarget("cuda", int(configuration.target[3:]), 32)
+    compiled = compile(
+        ASTSource(function, types, constexprs=constants, attrs=multiples),
+        target=target,
+        options=configuration.tile.options(),
+    )
+    return CompiledKernel(
+        backend="triton",
+        name=configuration.kernel,
+        dtype=configuration.dtype,
+        target=configuration.target,
+        threads=configuration.tile.num_warps * target.warp_size,
+        shared_bytes=compiled.metadata.shared,
+        K=configuration.K,
+        act=configuration.act,
+        block_h=1 if configuration.kernel == "weight_gradient" else configuration.tile.block_h,
+        block_w=configuration.tile.block_w,
+        block_d=configuration.tile.block_d,
+        cubin=None if amd else compiled.asm["cubin"],
+        assembly=compiled.asm["amdgcn"] if amd else None,
+    )
+
+
+def amd_usage(assembly: str) -> dict[str, int]:
+    """Vector registers, spilled ones, and 16-byte accesses, read from AMD's assembly."""
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "loads_128": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        "stores_128": len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)),
+    }

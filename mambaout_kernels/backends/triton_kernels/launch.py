@@ -1,0 +1,146 @@
+"""Tensors to kernel arguments: strides, tiles, grids, outputs."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import reference
+from . import tiles
+from .backward import gate_backward, input_gradient
+from .conv import pack_filter
+from .forward import gated_dwconv_fwd
+from .weight_gradient import weight_gradient_partials, weight_gradient_sum
+
+_PACK_BLOCK = 128
+_SUM_BLOCK = 32
+_LARGEST_OFFSET = 2**31 - 1
+
+
+def architecture(device: torch.device) -> str:
+    """The name by which tiles.json knows a device: sm_90, gfx942; "any" under the interpreter."""
+    if device.type != "cuda":
+        return "any"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _guard(u: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(u.device) if u.is_cuda else nullcontext()
+
+
+def _nhwc(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """x with channel stride 1, and its other strides; those of dimensions of one element, which are free, as 0."""
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        x = x.contiguous()
+    n, h, w = (stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+    return x, (n, h, w)
+
+
+def _vector(*counts: int) -> int:
+    """The largest power of two up to 16 that divides all of them."""
+    return math.gcd(16, *counts)
+
+
+def _too_wide(K: int, tile: tiles.Tile, W: int, D: int, *strides: tuple[int, int, int]) -> bool:
+    """Whether a tile with its halo spans more elements than 32-bit offsets reach."""
+    rows = tile.block_h + K
+    return any(rows * (h + W * D) + (tile.block_w + K) * w + 2 * D > _LARGEST_OFFSET for _, h, w in strides)
+
+
+def _pack(weight: Tensor, bias: Tensor) -> Tensor:
+    C, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
+    packed = torch.empty((taps + 1, C), dtype=torch.float32, device=weight.device)
+    if C:
+        grid = (taps + 1, triton.cdiv(C, _PACK_BLOCK))
+        pack_filter[grid](weight.contiguous(), bias.contiguous(), packed, C, TAPS=taps, BLOCK=_PACK_BLOCK)
+    return packed
+
+
+def _blocks(tile: tiles.Tile, shape: tuple[int, int, int], *channels: int) -> tuple[int, int, int, int]:
+    """(programs, channel blocks, blocks along W, strips along H)."""
+    N, H, W = shape
+    blocks = (
+        sum(triton.cdiv(c, tile.block_d) for c in channels),
+        triton.cdiv(W, tile.block_w),
+        triton.cdiv(H, tile.block_h),
+    )
+    return math.prod(blocks) * N, *blocks
+
+
+def _constants(tile: tiles.Tile, K: int) -> dict[str, int]:
+    return {"K": K, "BLOCK_H": tile.block_h, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d, **tile.options()}
+
+
+def forward(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    """y of valid inputs."""
+    (N, H, W, _), D, C, K = u.shape, u.shape[3] // 2, weight.shape[0], weight.shape[2]
+    y = torch.empty((N, H, W, D), dtype=u.dtype, device=u.device)
+    if y.numel() == 0:
+        return y
+    tile = tiles.choose(architecture(u.device), "forward", u.element_size() * 8, W, K)
+    u, strides = _nhwc(u)
+    if _too_wide(K, tile, W, D, strides):
+        return reference.gated_dwconv(u, weight, bias, act).contiguous()
+    programs, *blocks = _blocks(tile, (N, H, W), C, D - C)
+    with _guard(u):
+        gated_dwconv_fwd[(programs,)](
+            u, _pack(weight, bias), y, H, W, D, C, *strides, *blocks,
+            ACT=act, VEC=_vector(D, C, *strides), **_constants(tile, K),
+        )  # fmt: skip
+    return y
+
+
+def backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, dweight, dbias) of valid inputs."""
+    (N, H, W, _), D, C, K = u.shape, u.shape[3] // 2, weight.shape[0], weight.shape[2]
+    if u.numel() == 0:
+        return torch.empty_like(u), torch.zeros_like(weight), torch.zeros_like(bias)
+    arch, bits = architecture(u.device), u.element_size() * 8
+    tile = tiles.choose(arch, "gate_backward", bits, W, K)
+    (dy, dy_strides), (u, strides) = _nhwc(dy), _nhwc(u)
+    if _too_wide(K, tile, W, 2 * D, strides, dy_strides):
+        return reference.gated_dwconv_backward(dy, u, weight, bias, act)
+    du = torch.empty((N, H, W, 2 * D), dtype=u.dtype, device=u.device)
+    e = torch.empty((N, H, W, C), dtype=u.dtype, device=u.device)
+    with _guard(u):
+        taps = _pack(weight, bias)
+        programs, *blocks = _blocks(tile, (N, H, W), C, D - C)
+        gate_backward[(programs,)](
+            dy, u, taps, du, e, H, W, D, C, *dy_strides, *strides, *blocks,
+            ACT=act, VEC=_vector(D, C, *dy_strides, *strides), **_constants(tile, K),
+        )  # fmt: skip
+        if C == 0:
+            return du, torch.zeros_like(weight), torch.zeros_like(bias)
+        tile = tiles.choose(arch, "input_gradient", bits, W, K)
+        programs, *blocks = _blocks(tile, (N, H, W), C)
+        input_gradient[(programs,)](e, taps, du, H, W, D, C, *blocks, VEC=_vector(D, C), **_constants(tile, K))
+        return du, *_weight_gradient(e, u, strides, weight, bias, tiles.choose(arch, "weight_gradient", bits, W, K))
+
+
+def _weight_gradient(
+    e: Tensor, u: Tensor, strides: tuple[int, int, int], weight: Tensor, bias: Tensor, tile: tiles.Tile
+) -> tuple[Tensor, Tensor]:
+    (N, H, W, C), D, K = e.shape, u.shape[3] // 2, weight.shape[2]
+    group = K if K <= tiles.LARGEST_FAST_FILTER else 1
+    channel_programs, blocks_w = triton.cdiv(C, tile.block_d) * (K // group), triton.cdiv(W, tile.block_w)
+    # As many shares as fill the device, and equal ones: from the shape alone, so that sums keep their order.
+    items = N * blocks_w
+    shares = triton.cdiv(items, triton.cdiv(items * channel_programs, tile.block_h))
+    taps = K * K
+    partials = torch.empty((shares, taps + 1, C), dtype=torch.float32, device=u.device)
+    weight_gradient_partials[(channel_programs, shares)](
+        e, u, partials, items, H, W, D, C, *strides, blocks_w, K=K, GROUP=group, VEC=_vector(D, C, *strides),
+        BLOCK_W=tile.block_w, BLOCK_D=tile.block_d, **tile.options(),
+    )  # fmt: skip
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=u.device)
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=u.device)
+    weight_gradient_sum[(taps + 1, triton.cdiv(C, _SUM_BLOCK))](
+        partials, dweight, dbias, shares, C, TAPS=taps, BLOCK_P=_SUM_BLOCK, BLOCK_D=_SUM_BLOCK
+    )
+    return dweight, dbias

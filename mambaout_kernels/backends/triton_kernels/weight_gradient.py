@@ -1,0 +1,92 @@
+"""Backward, the third step: dweight and dbias, in two launches, so that their bits never change.
+
+dweight[kh, kw] = sum over pixels of e[h, w] * c[h + kh - R, w + kw - R];  dbias = sum of e
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: RUF005  (its tuples are only added, and not chosen between)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_row(x_ptr, h, H, stride_h, offsets, inside):
+    mask = inside & (h >= 0) & (h < H)
+    return tl.load(x_ptr + h.to(tl.int64) * stride_h + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def weight_gradient_partials(
+    e_ptr, u_ptr, partials_ptr, items, H, W, D, C, stride_n, stride_h, stride_w, blocks_w,
+    K: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """partials (programs, K * K + 1, C) fp32: what each program's share of the pixels gives; last row: dbias.
+
+    One program: BLOCK_D channels, GROUP rows of the filter, and the items p, p + programs, ... of N * blocks_w; an item
+    is a column of BLOCK_W pixels over the height of an image. A thread keeps GROUP * K accumulators per channel and
+    slides down: each row of c is loaded K times, shifted, each row of e once, into a window of GROUP rows.
+    """
+    R: tl.constexpr = K // 2
+    CENTRE: tl.constexpr = R if GROUP == K else 0  # the entry of the window whose row is c's
+    D, C = D // VEC * VEC, C // VEC * VEC
+    stride_n, stride_h, stride_w = stride_n // VEC * VEC, stride_h // VEC * VEC, stride_w // VEC * VEC
+    blocks_d = tl.cdiv(C, BLOCK_D)
+    first_kh = (tl.program_id(0) // blocks_d) * GROUP
+    d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    pixel = tl.arange(0, BLOCK_W)
+    u_ptr += 2 * D - C
+    zero = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
+    sums = (zero,) * (GROUP * K)
+    e_sum = zero
+    for item in range(tl.program_id(1), items, tl.num_programs(1)):
+        n = (item // blocks_w).to(tl.int64)
+        w = (item % blocks_w) * BLOCK_W + pixel
+        e_inside = (w < W)[:, None] & (d < C)[None, :]
+        e_offsets = w[:, None] * C + d[None, :]
+        e_image = e_ptr + n * H * W * C
+        c_image = u_ptr + n * stride_n
+        newest = R - first_kh  # e's row that row 0 of c meets under the group's first row of taps
+        window = ()  # window[j]: e's row under tap row first_kh + j; here as of c's row -1
+        for j in tl.static_range(GROUP):
+            window = window + (_load_row(e_image, newest - 1 - j, H, W * C, e_offsets, e_inside),)
+        for first_h in range(0, H, GROUP):
+            for step in tl.static_range(GROUP):
+                h = first_h + step
+                window = (_load_row(e_image, newest + h, H, W * C, e_offsets, e_inside),) + window[: GROUP - 1]
+                e_sum += tl.where(h < H, window[CENTRE], 0.0)
+                updated = ()
+                shifted = ()
+                for kw in tl.static_range(K):
+                    column = w + (kw - R)
+                    inside = ((column >= 0) & (column < W))[:, None] & (d < C)[None, :]
+                    offsets = column[:, None] * stride_w + d[None, :]
+                    shifted = shifted + (_load_row(c_image, h, H, stride_h, offsets, inside),)
+                for j in tl.static_range(GROUP):
+                    for kw in tl.static_range(K):
+                        updated = updated + (sums[j * K + kw] + window[j] * shifted[kw],)
+                sums = updated
+    channels = tl.program_id(1).to(tl.int64) * (K * K + 1) * C + d
+    for tap in tl.static_range(GROUP * K):
+        tl.store(partials_ptr + channels + (first_kh * K + tap) * C, tl.sum(sums[tap], axis=0), mask=d < C)
+    if first_kh + CENTRE == R:
+        tl.store(partials_ptr + channels + K * K * C, tl.sum(e_sum, axis=0), mask=d < C)
+
+
+@triton.jit
+def weight_gradient_sum(
+    partials_ptr, dweight_ptr, dbias_ptr, programs, C, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """dweight (C, TAPS) and dbias (C,): the partials in order. One program: one tap, BLOCK_D channels."""
+    tap = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        offsets = p.to(tl.int64)[:, None] * ((TAPS + 1) * C) + tap * C + d[None, :]
+        total += tl.load(partials_ptr + offsets, mask=(p < programs)[:, None] & (d < C)[None, :], other=0.0)
+    value = tl.sum(total, axis=0)
+    if tap < TAPS:
+        tl.store(dweight_ptr + d * TAPS + tap, value.to(dweight_ptr.dtype.element_ty), mask=d < C)
+    else:
+        tl.store(dbias_ptr + d, value.to(dbias_ptr.dtype.element_ty), mask=d < C)

@@ -1,0 +1,67 @@
+"""audit: every Triton kernel compiled ahead of time for GPUs that need not be here, and what its machine code says."""
+
+import argparse
+import json
+from typing import Any
+
+from .terminal import UsageError, comma_list, positive, progress, require, show_table
+
+
+def add_to(commands: Any) -> None:
+    command = commands.add_parser(
+        "audit",
+        help="the Triton kernels' machine code, without a GPU",
+        description="Compiles every shipped configuration of the Triton kernels ahead of time and reads registers, "
+        "spills, access widths and loads in flight from the machine code. Times are predicted from datasheets, not "
+        "measured. Exit status 1 when a kernel does not pass a gate.",
+    )
+    command.add_argument("--target", type=comma_list(str), metavar="ARCH,..", help="sm_90,gfx942; default: all")
+    command.add_argument("--kernel", type=comma_list(str), metavar="NAME,..", help="forward,..; default: all")
+    command.add_argument("--dtype", type=comma_list(str), metavar="NAME,..", help="bfloat16,..; default: all")
+    command.add_argument("--variant", default="mambaout_tiny", help="whose stages are predicted; default: %(default)s")
+    command.add_argument("--batch", type=positive, default=128, help="default: %(default)s")
+    command.add_argument("--all", action="store_true", help="filters 3, 5 and 7 wide, and every activation: minutes")
+    command.add_argument("--json", action="store_true", help="as JSON on stdout")
+    command.set_defaults(run=run)
+
+
+def _chosen(name: str, wanted: list[str] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = set(wanted or ()) - set(allowed)
+    if unknown:
+        raise UsageError(f"{name} must be in {', '.join(allowed)}; got {', '.join(sorted(unknown))}")
+    return tuple(wanted or allowed)
+
+
+def run(args: argparse.Namespace) -> int:
+    require("triton", "triton", "cli", "audit")
+    from ..audit import report, triton
+    from ..backends.triton_kernels import tiles
+    from ..benchmarking import shapes
+    from ..reference import ACTIVATIONS
+
+    if args.variant not in shapes.variants():
+        raise UsageError(f"--variant must be one of {', '.join(shapes.variants())}; got {args.variant!r}")
+    kernels = _chosen("--kernel", args.kernel, tiles.KERNELS)
+    targets = _chosen("--target", args.target, triton.TARGETS)
+    dtypes = _chosen("--dtype", args.dtype, tuple(triton.DTYPES))
+    todo = [
+        c
+        for c in triton.configurations(targets, (3, 5, 7) if args.all else (7,), ACTIVATIONS if args.all else ("gelu",))
+        if c.kernel in kernels and c.dtype in dtypes
+    ]
+    entries = []
+    with progress(len(todo)) as announce:
+        for c in todo:
+            announce(f"{c.target} {c.kernel} {c.dtype} {c.K}x{c.K} {c.act}")
+            programs = c.tile.block_h if c.kernel == "weight_gradient" else 1
+            try:
+                entries.append(report.entry(triton.compile_ahead(c), args.variant, args.batch, programs))
+            except (RuntimeError, FileNotFoundError) as error:
+                raise UsageError(str(error)) from None
+    if args.json:
+        print(json.dumps([e.as_dict() for e in entries], indent=1))
+    else:
+        show_table("As compiled", report.HEADINGS, report.lines(entries))
+        title = f"Predicted, not measured: {args.variant}, batch {args.batch}"
+        show_table(title, report.STAGE_HEADINGS, report.stage_lines(entries))
+    return 1 if any(e.failures for e in entries) else 0

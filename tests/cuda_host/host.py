@@ -1,0 +1,174 @@
+"""The kernels of csrc/cuda on the CPU: g++ compiles them with shim.h, and a program runs one call."""
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from numerics import Inputs
+from torch import Tensor
+
+from mambaout_kernels.reference import ACTIVATIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS, HERE = ROOT / "csrc", Path(__file__).resolve().parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPED_UNITS = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16", torch.float16: "kFloat16"}
+
+# What each way of building tells the compiler of csrc/cuda and of the shim. "races": the compiler calls watch.cpp at
+# every access, and ThreadSanitizer's own library is not linked.
+CHECKS = {
+    "plain": (("-O1",), ("-O1",)),
+    "memory": (("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),) * 2,
+    "races": (("-O1", "-fsanitize=thread"), ("-O2",)),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Order of threads: 0 as numbered, 1 reversed, 2 shuffled. error: of exp2 and 1 / x, in units of its bound."""
+
+    order: int = 0
+    late_copies: bool = False
+    error: int = 0
+
+
+@dataclass(frozen=True)
+class Device:
+    multiprocessors: int = 132
+    major: int = 9
+
+
+def cuda_headers() -> Path | None:
+    """The folder of CUDA's own half types: of a toolkit, or of the runtime's wheel."""
+    folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/include"]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        folders.append(str(Path(nvcc).resolve().parents[1] / "include"))
+    site_packages = Path(torch.__file__).parents[1]
+    folders += [str(folder) for folder in site_packages.glob("nvidia/*/include")]
+    for folder in map(Path, folders):
+        if (folder / "cuda_bf16.h").exists() and (folder / "vector_functions.h").exists():
+            return folder
+    return None
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be run on this machine's CPU; None where they can."""
+    if shutil.which("g++") is None:
+        return "no g++"
+    if cuda_headers() is None:
+        return "no CUDA headers (a toolkit, or pip install nvidia-cuda-runtime)"
+    return None
+
+
+def _compile(objects: Path, source: Path, flags: tuple[str, ...]) -> Path:
+    """The object file of a source, kept from run to run under the hash of all it is made of."""
+    command = ["g++", "-x", "c++", "-c", "-std=c++20", "-g1", "-fno-omit-frame-pointer", "-ffp-contract=off", *flags]
+    headers = sorted([*source.parent.glob("*.h"), *source.parent.glob("*.cuh"), *HERE.glob("*.h")])
+    digest = hashlib.sha256(" ".join(map(str, command)).encode())
+    for file in (source, *headers, *KERNELS.glob("*.h")):
+        digest.update(file.read_bytes())
+    target = objects / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    if not target.exists():
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, str(source), "-o", str(unfinished)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        unfinished.replace(target)
+    return target
+
+
+@cache
+def build(
+    check: str = "plain",
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
+    units: tuple[str, ...] = ("forward.cu", "backward.cu"),
+    kernels: Path = KERNELS / "cuda",
+) -> Path:
+    """The program, with the kernels of these dtypes and units only. kernels: the folder of their sources."""
+    folder = Path(tempfile.gettempdir()) / f"mambaout-cuda-host-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    headers = cuda_headers()
+    includes = (f"-isystem{headers}", f"-isystem{headers}/cccl", f"-I{HERE}", f"-I{KERNELS / 'cuda'}")
+    for_kernels, for_shim = ((*flags, "-DMAMBAOUT_HOST_SHIM", *includes) for flags in CHECKS[check])
+    jobs = [(folder, HERE / f"{name}.cpp", for_shim) for name in ("fibres", "watch", "program")]
+    jobs += [(folder, kernels / "dispatch.cpp", for_kernels)]
+    for dtype in dtypes:
+        for unit in units:
+            jobs.append((folder, kernels / unit, (*for_kernels, f"-DMAMBAOUT_DTYPE={TYPED_UNITS[dtype]}")))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: str(_compile(*job)), jobs))
+    program = folder / f"program-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:24]}"
+    if not program.exists():
+        sanitizers = CHECKS["memory"][0] if check == "memory" else ()
+        unfinished = program.with_suffix(f".{os.getpid()}")
+        # dispatch.cpp names the units of every dtype and direction; those that are left out are never called.
+        link = ["g++", "-no-pie", *sanitizers, *objects, "-Wl,--unresolved-symbols=ignore-all", "-o", str(unfinished)]
+        subprocess.run(link, check=True)
+        unfinished.replace(program)
+    return program
+
+
+class Fault(AssertionError):
+    """The program found something wrong, or did not survive it."""
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def _spread(t: Tensor, pitch: int) -> bytes:
+    """The pixels of a (N, H, W, channels) tensor `pitch` elements apart, NaN between them."""
+    pixels, channels = t.shape[:3].numel(), t.shape[3]
+    if pixels == 0:
+        return b""
+    wide = torch.full((pixels, pitch), torch.nan, dtype=t.dtype)
+    wide[:, :channels] = t.reshape(pixels, channels)
+    return _bytes(wide.flatten()[: (pixels - 1) * pitch + channels])
+
+
+def run(
+    program: Path,
+    inputs: Inputs,
+    act: str,
+    schedule: Schedule = Schedule(),
+    device: Device = Device(),
+    spare: tuple[int, int] = (0, 0),
+    offset: tuple[int, int] = (0, 0),
+    backward: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, du, dweight, dbias); all but y are NaN without backward.
+
+    spare, offset: elements between the pixels of u and of dy, and before their first.
+    """
+    u, weight, bias = inputs
+    N, H, W, D = inputs.dy.shape
+    C, K = weight.shape[0], weight.shape[2]
+    u_pitch, dy_pitch = 2 * D + spare[0], D + spare[1]
+    call = struct.pack(
+        "20q", N, H, W, D, C, K, ACTIVATIONS.index(act), DTYPES[u.dtype], DTYPES[weight.dtype], DTYPES[bias.dtype],
+        u_pitch, dy_pitch, *offset, *astuple(device), *astuple(schedule), backward,
+    )  # fmt: skip
+    stream = call + _spread(u, u_pitch) + _spread(inputs.dy, dy_pitch) + _bytes(weight) + _bytes(bias)
+    done = subprocess.run([program], input=stream, capture_output=True)
+    if done.returncode != 0:
+        raise Fault(done.stderr.decode(errors="replace")[:4000] or f"ended with {done.returncode}")
+    results, at = [], 0
+    for shape, dtype in (
+        ((N, H, W, D), u.dtype), ((N, H, W, 2 * D), u.dtype), (weight.shape, weight.dtype), (bias.shape, bias.dtype),
+    ):  # fmt: skip
+        result = torch.empty(shape, dtype=dtype)
+        size = result.numel() * result.element_size()
+        if size:
+            result = torch.frombuffer(bytearray(done.stdout[at : at + size]), dtype=dtype).reshape(shape)
+        results.append(result)
+        at += size
+    assert at == len(done.stdout)
+    return tuple(results)

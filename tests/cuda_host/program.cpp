@@ -1,0 +1,98 @@
+// Runs one call of csrc/cuda's entry points on the CPU: the call, u, dy, weight and bias from standard input; y, du,
+// dweight and dbias to standard output. Every tensor has exactly the memory it needs, for AddressSanitizer. What is
+// found wrong goes to standard error, and the process fails: host.py makes it an error of the test.
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "gated_dwconv_cuda.h"
+#include "shim.h"
+#include "watch.h"
+
+namespace {
+
+using namespace mambaout_kernels;
+
+// As host.py packs it.
+struct Call {
+  std::int64_t N, H, W, D, C, K, act, dtype, weight_dtype, bias_dtype;
+  std::int64_t u_pitch, dy_pitch;          // elements from pixel to pixel
+  std::int64_t u_offset, dy_offset;        // elements from an address that is a multiple of 16 bytes
+  std::int64_t multiprocessors, major;     // of the device to pretend
+  std::int64_t order, late_copies, error;  // cuda_host::Behaviour
+  std::int64_t backward;                   // whether to run it too
+};
+
+std::int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+class Memory {
+ public:
+  Memory(std::int64_t bytes, std::int64_t offset) : bytes_(bytes), offset_(offset) {
+    if (posix_memalign(&data_, 16, std::max<std::int64_t>(bytes + offset, 1)) != 0) cuda_host::fail("out of memory");
+    std::memset(data_, 0xff, bytes + offset);  // NaN, where nothing is written
+  }
+  ~Memory() { std::free(data_); }
+  Memory(const Memory&) = delete;
+
+  char* data() const { return static_cast<char*>(data_) + offset_; }
+  std::int64_t bytes() const { return bytes_; }
+  void read() const {
+    if (static_cast<std::int64_t>(std::fread(data(), 1, bytes_, stdin)) != bytes_)
+      cuda_host::fail("input is too short");
+  }
+  void write() const { std::fwrite(data(), 1, bytes_, stdout); }
+
+ private:
+  std::int64_t bytes_, offset_;
+  void* data_ = nullptr;
+};
+
+}  // namespace
+
+int main() {
+  Call call;
+  if (std::fread(&call, sizeof(call), 1, stdin) != 1) cuda_host::fail("no call");
+  cuda_host::behaviour() = {static_cast<cuda_host::Order>(call.order), call.late_copies != 0,
+                            static_cast<int>(call.error)};
+  const GatedDwconvShape shape{call.N,
+                               call.H,
+                               call.W,
+                               call.D,
+                               call.C,
+                               static_cast<int>(call.K),
+                               static_cast<Act>(call.act),
+                               static_cast<DType>(call.dtype),
+                               static_cast<DType>(call.weight_dtype),
+                               static_cast<DType>(call.bias_dtype)};
+  const std::int64_t element = bytes_of(shape.dtype), pixels = shape.N * shape.H * shape.W;
+  const auto tensor_bytes = [&](std::int64_t pitch, std::int64_t channels) {
+    return pixels == 0 ? 0 : ((pixels - 1) * pitch + channels) * element;
+  };
+  const Memory u(tensor_bytes(call.u_pitch, 2 * shape.D), call.u_offset * element);
+  const Memory dy(tensor_bytes(call.dy_pitch, shape.D), call.dy_offset * element);
+  const Memory weight(shape.C * shape.K * shape.K * bytes_of(shape.weight_dtype), 0);
+  const Memory bias(shape.C * bytes_of(shape.bias_dtype), 0);
+  for (const Memory* input : {&u, &dy, &weight, &bias}) input->read();
+  const auto view = [&](const Memory& memory, std::int64_t pitch) {
+    return NhwcView{memory.data(), shape.H * shape.W * pitch, shape.W * pitch, pitch};
+  };
+
+  const Memory y(pixels * shape.D * element, 0), du(pixels * 2 * shape.D * element, 0);
+  const Memory dweight(weight.bytes(), 0), dbias(bias.bytes(), 0);
+  const Memory workspace(cuda::backward_workspace_bytes(shape), 0);
+  for (const Memory* output : {&y, &du, &dweight, &dbias, &workspace}) {
+    cuda_host::watch::observe(output->data(), output->bytes());
+  }
+  cuda::forward({shape, view(u, call.u_pitch), weight.data(), bias.data(), y.data()},
+                {static_cast<int>(call.multiprocessors), static_cast<int>(call.major)}, nullptr);
+  if (call.backward != 0) {
+    cuda::backward({shape, view(dy, call.dy_pitch), view(u, call.u_pitch), weight.data(), bias.data(), du.data(),
+                    dweight.data(), dbias.data()},
+                   workspace.data(), nullptr);
+  }
+  for (const Memory* output : {&y, &du, &dweight, &dbias}) output->write();
+  if (cuda_host::watch::conflicts() > 0) {
+    std::fprintf(stderr, "%d races; the first: %s\n", cuda_host::watch::conflicts(), cuda_host::watch::message());
+    return 1;
+  }
+}

@@ -1,0 +1,251 @@
+"""The Triton kernels' machine code, compiled for GPUs that are not here; the parts that read it; tiles; warm-up."""
+
+import functools
+import json
+import os
+from collections import Counter
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+import mambaout_kernels as mk
+from mambaout_kernels.audit import devices, report, roofline, sass, table
+from mambaout_kernels.audit.record import CompiledKernel
+from mambaout_kernels.cli import main
+from mambaout_kernels.warmup import load_tiles, warmup
+
+compiles = pytest.mark.skipif(
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
+)
+if find_spec("triton") is not None:
+    from mambaout_kernels.audit import triton
+    from mambaout_kernels.backends.triton_kernels import tiles
+
+KERNELS = ("forward", "gate_backward", "input_gradient", "weight_gradient")
+DTYPES = ("bfloat16", "float16", "float32")
+
+# Gates that are not passed, with what limits them; a change for the better must come here too.
+# The identity branch of 16-bit elements: ptxas puts off half of its loads to save registers that the conv branch has
+# paid for already. Loading in turns, a barrier after the loads and a higher register limit did not move it.
+NOT_PASSED = {
+    ("sm_90", "forward", "bfloat16"): {"bytes in flight"},
+    ("sm_90", "forward", "float16"): {"bytes in flight"},
+}
+
+
+@functools.cache
+def entry(target, kernel, dtype, K=7, act="gelu", aligned=True):
+    bits = 32 if dtype == "float32" else 16
+    tile = tiles.choose(target, kernel, bits, 56, K)
+    return report.entry(triton.compile_ahead(triton.Configuration(kernel, target, dtype, tile, K, act, aligned)))
+
+
+@compiles
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("sm_90", d) for d in DTYPES] + [(t, d) for t in ("sm_80", "sm_100", "sm_120") for d in ("bfloat16", "float32")],
+)
+def test_gates(target, kernel, dtype):
+    found = entry(target, kernel, dtype)
+    broken = {text.partition(":")[0] for text in table.failures(found.row)}
+    assert broken == NOT_PASSED.get((target, kernel, dtype), set()), found.failures
+    assert found.row.multiply_adds == 49
+    assert found.row.barriers == 0
+
+
+@compiles
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_is_predicted_at_85_percent_of_the_dram_roofline_on_the_h100(dtype):
+    for stage in entry("sm_90", "forward", dtype).stages:
+        assert stage.prediction.share >= table.LEAST_SHARE, stage.label
+
+
+@compiles
+@pytest.mark.parametrize(("K", "act"), [(3, "silu"), (5, "gelu_tanh"), (7, "identity")])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_filters_and_activations_do_not_spill(kernel, K, act):
+    found = entry("sm_90", kernel, "bfloat16", K, act)
+    assert found.row.spills == 0
+    assert found.row.multiply_adds <= table.MOST_MULTIPLY_ADDS * K * K
+
+
+@compiles
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_odd_hidden_sizes_do_not_spill(kernel):
+    assert entry("sm_90", kernel, "bfloat16", aligned=False).row.spills == 0
+
+
+@compiles
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_amd_does_not_spill(kernel, dtype):
+    found = entry("gfx942", kernel, dtype).row
+    assert 0 < found.registers <= 512
+    assert found.spills == 0
+
+
+@compiles
+def test_the_audit_sees_spills():
+    tile = tiles.Tile(14, 8, 64, 2)
+    found = table.row(triton.compile_ahead(triton.Configuration("forward", "sm_90", "bfloat16", tile)))
+    assert found.spills > 0
+    assert any(text.startswith("spills") for text in table.failures(found))
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @P0 BRA 0x00a0 ;
+        /*0020*/                   LDG.E.128 R4, [R2.64] ;
+        /*0030*/                   LDG.E.128 R8, [R2.64+0x10] ;
+        /*0040*/                   FFMA R12, R4, R5, R12 ;
+        /*0050*/                   FFMA R12, R8, R5, R12 ;
+        /*0060*/              @P1 BRA 0x0020 ;
+        /*0070*/             @!P2 EXIT ;
+        /*0080*/                   STG.E.128 [R2.64], R12 ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   LDG.E.U16 R4, [R2.64] ;
+        /*00b0*/                   STG.E.U16 [R2.64], R4 ;
+        /*00c0*/                   EXIT ;
+        /*00d0*/                   BRA 0x00d0;
+        /*00e0*/                   NOP;
+"""
+
+
+def test_machine_code_is_read():
+    code = sass.parse(SASS)
+    assert len(code) == 13
+    (loop,) = sass.loops(code)
+    assert (loop.first, loop.last) == (0x20, 0x60)
+    first, second = sass.paths(code)
+    assert [sass.bytes_in_flight(path) for path in (first, second)] == [32, 2]
+    counts = sass.executed(first, [(loop, 7)])
+    assert (counts["FFMA"], counts["LDG.E.128"], counts["STG.E.128"]) == (14, 14, 1)
+
+
+def test_occupancy():
+    h100 = devices.device("sm_90")
+    assert h100.resident_blocks(registers=32, threads=1024, shared_bytes=0) == 2
+    assert h100.resident_blocks(registers=255, threads=64, shared_bytes=0) == 4
+    assert h100.resident_blocks(registers=128, threads=32, shared_bytes=0) == 16
+    assert h100.resident_blocks(registers=32, threads=128, shared_bytes=100 * 1024) == 2
+    with pytest.raises(ValueError, match=r"target must be one of sm_80, .*; got 'sm_70'"):
+        devices.device("sm_70")
+
+
+def kernel_record(**changes):
+    return CompiledKernel(
+        **{
+            "backend": "triton", "name": "forward", "dtype": "bfloat16", "target": "sm_90", "threads": 32,
+            "shared_bytes": 0, "K": 7, "act": "gelu", "block_h": 7, "block_w": 8, "block_d": 32,
+        } | changes
+    )  # fmt: skip
+
+
+def test_predictions_are_the_slowest_limit():
+    stage1 = roofline.Shape(128, 56, 56, 256, 96)
+    none = Counter()
+    idle = roofline.predict(kernel_record(), (none, none), stage1, devices.device("sm_90"), 1)
+    assert idle.bound_by == "DRAM"
+    assert idle.share == 1
+    assert idle.microseconds == pytest.approx(184, abs=1)  # 3 * 256 elements of 2 bytes per pixel at 3.35 TB/s
+    busy = roofline.predict(kernel_record(), (Counter({"FFMA": 100_000}), none), stage1, devices.device("sm_90"), 1)
+    assert busy.bound_by == "issue"
+    assert busy.share < 0.2
+
+
+def test_halo_read_again_from_l2():
+    shape = roofline.Shape(1, 14, 16, 64, 64)
+    # rows 0-9 and 4-13, columns 0-10 and 5-15: 20 x 22 of 14 x 16 pixels
+    assert roofline.l2_elements(kernel_record(), shape) == pytest.approx(3 * 64 + 64 * (20 * 22 / (14 * 16) - 1))
+    assert roofline.blocks(kernel_record(), shape) == (2 * 2 * 2, 0)
+
+
+def test_a_kernel_without_code_is_refused():
+    with pytest.raises(ValueError, match="kernel must come with cubin or assembly"):
+        table.row(kernel_record())
+
+
+def run(capsys, *argv):
+    try:
+        status = main(argv)
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@compiles
+def test_command_line(capsys):
+    only = ("--target", "sm_90", "--kernel", "input_gradient", "--dtype", "float32")
+    status, out, _ = run(capsys, "audit", *only, "--json")
+    (found,) = json.loads(out)
+    assert status == 0
+    assert (found["target"], found["kernel"], found["spills"], found["multiply_adds_per_output"]) == (
+        "sm_90", "input_gradient", 0, 49,
+    )  # fmt: skip
+    assert [s["label"] for s in found["stages"]] == ["56x56x96", "28x28x192", "14x14x384", "7x7x576"]
+    status, out, _ = run(capsys, "audit", *only)
+    assert "Predicted, not measured" in out
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "sm_10"), "--target must be in sm_80"),
+        (("--kernel", "sideways"), "--kernel must be in forward"),
+        (("--variant", "resnet"), "--variant must be one of"),
+    ],
+)
+def test_command_line_refuses(capsys, arguments, message):
+    status, _, err = run(capsys, "audit", *arguments)
+    assert status == 2
+    assert message in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_tune_needs_a_gpu(capsys):
+    status, _, err = run(capsys, "tune")
+    assert status == 2
+    assert "tune cannot run here" in err
+
+
+@compiles
+def test_tiles_of_a_table_come_first(tmp_path):
+    mine = tiles.Row("sm_90", "forward", 16, 28, tiles.Tile(4, 8, 32, 1))
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps(tiles.as_json([mine])))
+    shipped = tiles.choose("sm_90", "forward", 16, 28, 7)
+    try:
+        load_tiles(path)
+        assert tiles.choose("sm_90", "forward", 16, 28, 7) == mine.tile
+        assert tiles.choose("sm_90", "forward", 16, 56, 7) == shipped
+        assert tiles.choose("sm_80", "forward", 16, 28, 7) == shipped
+    finally:
+        tiles.use(())
+    assert tiles.choose("sm_90", "forward", 16, 28, 7) == shipped
+    assert tiles.choose("sm_90", "forward", 16, 28, 9).block_h == 1
+    with pytest.raises(ValueError, match="kernel must be one of forward"):
+        tiles.parse(path.read_text().replace("forward", "sideways"))
+    with pytest.raises(ValueError, match="not a table of tiles"):
+        tiles.parse('[{"tile": 3}]')
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_warmup_leaves_the_model_as_it_was(training):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.train(training)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    warmup(model, [(2, 3, 8, 8), (1, 3, 5, 5)])
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_warmup_of_a_model_of_the_family():
+    warmup(mk.create_model("test_mambaout"), [(1, 3, 32, 32)])
+    with pytest.raises(ValueError, match="model must have a floating parameter; Identity has none"):
+        warmup(nn.Identity(), [(1,)])

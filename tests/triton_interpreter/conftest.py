@@ -1,0 +1,35 @@
+"""These tests run Triton's interpreter, which is chosen before triton is imported: TRITON_INTERPRET=1 pytest <this>."""
+
+import os
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def _round_to_bfloat16(x):
+    """uint16 of float32, to nearest, ties to even; NaN stays NaN."""
+    bits = x.view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _bfloat16_is_rounded():
+    """The interpreter cuts fp32 to bf16; compiled code rounds (cvt.rn). One rounding mode for both, one tolerance."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cut = InterpreterBuilder.cast_impl
+
+    def cast(self, source, target):
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            return TensorHandle(_round_to_bfloat16(np.ascontiguousarray(source.data)), target.scalar)
+        return cut(self, source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", cast)
+        yield
