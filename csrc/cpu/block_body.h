@@ -12,8 +12,6 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
 inline float sum_of_lanes(Vec v) {
   float lanes[Vec::kLanes];
   store(lanes, v);

@@ -28,6 +28,31 @@ inline void add_taps(V (&accumulator)[kTile], const typename V::Scalar* x, const
   }
 }
 
+// The same for two rows of outputs that see x under neighbouring rows of the filter: each loaded pixel serves 2 * kTaps
+// taps, and twice as many sums are under way as the latency of a multiply-add asks for.
+template <int kTaps, int kTile, typename V>
+inline void add_taps_pair(V (&upper)[kTile], V (&lower)[kTile], const typename V::Scalar* x,
+                          const typename V::Scalar* upper_weight, const typename V::Scalar* lower_weight,
+                          std::ptrdiff_t weight_step) {
+  V u[kTaps], l[kTaps];
+#pragma GCC unroll 16
+  for (int k = 0; k < kTaps; ++k) {
+    u[k] = load(upper_weight + k * weight_step);
+    l[k] = load(lower_weight + k * weight_step);
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < kTile + kTaps - 1; ++i) {
+    const V pixel = load(x + i * V::kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < kTaps; ++k) {
+      const int t = i - k;
+      if (t < 0 || t >= kTile) continue;
+      upper[t] = fma(pixel, u[k], upper[t]);
+      lower[t] = fma(pixel, l[k], lower[t]);
+    }
+  }
+}
+
 // gradient[k] += sum_t dy[t] * x[t + k]
 template <int kTaps, int kTile, typename V>
 inline void add_tap_gradients(V (&gradient)[kTaps], const typename V::Scalar* dy, const typename V::Scalar* x) {
@@ -45,25 +70,34 @@ inline void add_tap_gradients(V (&gradient)[kTaps], const typename V::Scalar* dy
   }
 }
 
-// The rows kh0 <= kh < kh1 of the filter lie inside the image.
+// The rows kh0 <= kh < kh1 of the filter lie inside the image. For a pair of rows of outputs there are K + 1 such rows:
+// the upper sees the first K of them, the lower the last K.
 template <typename V>
 struct FilterRows {
-  const typename V::Scalar* const* x;  // [K] rows, at the left end of the halo
+  const typename V::Scalar* const* x;  // [K] or [K + 1] rows, at the left end of the halo
   const typename V::Scalar* weight;    // [K][K][lanes]
   std::ptrdiff_t row_step, tap_step;   // through weight; negative for the transposed convolution
   int kh0, kh1, K;
 };
 
+// What a convolution has no use for.
+struct NoFetch {
+  void operator()() {}
+};
+
 // out[0 .. kTile) = sum_{kh,kw} x * weight + bias, at columns w .. w + kTile. kFilter: K where it is known, else 0.
 // The bias comes last: first, it would enlarge every partial sum, and their rounding errors by a fifth.
-template <int kFilter, int kTile, typename V>
-[[gnu::noinline]] void conv_tile(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out) {
+// fetch() is called between the rows of the filter.
+template <int kFilter, int kTile, typename V, typename Fetch>
+[[gnu::noinline]] void conv_tile(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out,
+                                 Fetch& fetch) {
   V accumulator[kTile];
 #pragma GCC unroll 16
   for (int t = 0; t < kTile; ++t) accumulator[t] = broadcast(static_cast<typename V::Scalar>(0));
   for (int kh = rows.kh0; kh < rows.kh1; ++kh) {
     const typename V::Scalar* x = rows.x[kh] + w * V::kLanes;
     const typename V::Scalar* weight = rows.weight + kh * rows.row_step;
+    fetch();
     if constexpr (kFilter != 0) {
       add_taps<kFilter>(accumulator, x, weight, rows.tap_step);
     } else {  // row by row: shorter sums, smaller error
@@ -83,17 +117,43 @@ template <int kFilter, int kTile, typename V>
   for (int t = 0; t < kTile; ++t) store(out + t * V::kLanes, accumulator[t] + bias);
 }
 
+// out[0 .. kTile) and out[kTile .. 2 kTile): the same for two rows of outputs, the upper first.
+template <int kFilter, int kTile, typename V, typename Fetch>
+[[gnu::noinline]] void conv_tile_pair(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out,
+                                      Fetch& fetch) {
+  V upper[kTile], lower[kTile];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) upper[t] = lower[t] = broadcast(static_cast<typename V::Scalar>(0));
+  const std::ptrdiff_t offset = w * V::kLanes;
+  int kh = rows.kh0;
+  if (kh == 0) add_taps<kFilter>(upper, rows.x[kh++] + offset, rows.weight, rows.tap_step);
+  const int both = rows.kh1 < kFilter ? rows.kh1 : kFilter;
+  for (; kh < both; ++kh) {
+    fetch();
+    const typename V::Scalar* weight = rows.weight + kh * rows.row_step;
+    add_taps_pair<kFilter>(upper, lower, rows.x[kh] + offset, weight, weight - rows.row_step, rows.tap_step);
+  }
+  if (rows.kh1 > kFilter) {
+    add_taps<kFilter>(lower, rows.x[kFilter] + offset, rows.weight + (kFilter - 1) * rows.row_step, rows.tap_step);
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) {
+    store(out + t * V::kLanes, upper[t] + bias);
+    store(out + (kTile + t) * V::kLanes, lower[t] + bias);
+  }
+}
+
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
 
-// Calls body(Constant<tile>, w) for the tiles that cover [0, width).
-template <typename V, typename Body>
+// Calls body(Constant<tile>, w) for the tiles, of kMost at the most, that cover [0, width).
+template <int kMost, typename Body>
 inline void for_each_tile(std::int64_t width, const Body& body) {
   std::int64_t w = 0;
-  for (; w + V::kTileW <= width; w += V::kTileW) body(Constant<V::kTileW>{}, w);
-  if constexpr (V::kTileW > 7) {
+  for (; w + kMost <= width; w += kMost) body(Constant<kMost>{}, w);
+  if constexpr (kMost > 7) {
     for (; w + 7 <= width; w += 7) body(Constant<7>{}, w);
   }
   for (; w + 4 <= width; w += 4) body(Constant<4>{}, w);
@@ -102,8 +162,9 @@ inline void for_each_tile(std::int64_t width, const Body& body) {
 
 template <int kFilter, typename V>
 void conv_row(const FilterRows<V>& rows, std::int64_t width, V bias, typename V::Scalar* out) {
-  for_each_tile<V>(width, [&](auto tile, std::int64_t w) {
-    conv_tile<kFilter, decltype(tile)::value>(rows, w, bias, out + w * V::kLanes);
+  NoFetch none;
+  for_each_tile<V::kTileW>(width, [&](auto tile, std::int64_t w) {
+    conv_tile<kFilter, decltype(tile)::value>(rows, w, bias, out + w * V::kLanes, none);
   });
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include "convert.h"
 #include "gated_dwconv_cpu.h"
@@ -16,10 +17,12 @@ namespace {
 // gradient, so they depend on nothing but the image: the gradient is the same at every thread count.
 constexpr std::int64_t kMaxWidth = 64, kBackwardRows = 14;
 constexpr std::int64_t kMaxForwardRows = 28, kMinForwardRows = 7;
-// The window of one task stays in L2 beside the rows that pass through.
-constexpr std::int64_t kWindowBytes = 224 * 1024;
-// Below this size of u, L2 holds what the tasks read, and prefetching costs 5% (benchmarks/NOTES.md).
-constexpr std::int64_t kPrefetchBytes = 2 * 1024 * 1024;
+// The window of one task stays in L2 beside the rows that pass through. More groups of channels, for smaller windows,
+// read u in shorter pieces.
+constexpr std::int64_t kForwardWindowBytes = 448 * 1024, kBackwardWindowBytes = 224 * 1024;
+// Below these sizes of u prefetching costs more than it brings: L3 is near enough for the forward, L2 for the backward,
+// which computes more (benchmarks/NOTES.md).
+constexpr std::int64_t kStreamingBytes = 8 * 1024 * 1024, kPrefetchBytes = 2 * 1024 * 1024;
 constexpr int kTasksPerThread = 4;
 
 const Kernels* kernels_of(Isa isa, DType dtype) {
@@ -57,7 +60,7 @@ struct Plan {
   std::int64_t group_vectors;  // the most in one group
   std::int64_t width;          // the most in one column
   std::int64_t window_elements;
-  bool prefetch;
+  bool large;  // for the caches
 
   std::int64_t rectangles() const { return shape.N * strips * columns; }
   std::int64_t tasks() const { return rectangles() * groups; }
@@ -95,21 +98,23 @@ Plan make_plan(const GatedDwconvShape& shape, bool forward, int num_threads) {
   plan.strips = ceil_div(shape.H, forward ? kMaxForwardRows : kBackwardRows);
 
   const std::int64_t bytes = window_elements(plan.width, 1, shape.K, kernels.lanes) * kernels.accumulator_bytes;
-  const std::int64_t fitting = std::max<std::int64_t>(1, kWindowBytes / bytes);
+  const std::int64_t fitting =
+      std::max<std::int64_t>(1, (forward ? kForwardWindowBytes : kBackwardWindowBytes) / bytes);
   plan.groups = std::max<std::int64_t>(1, ceil_div(plan.vectors, fitting));
   if (forward) {
     while (plan.tasks() < wanted_tasks && ceil_div(shape.H, plan.strips * 2) >= kMinForwardRows) plan.strips *= 2;
   }
   while (plan.tasks() < wanted_tasks && plan.groups * 2 <= plan.vectors) plan.groups *= 2;
   plan.group_vectors = ceil_div(plan.vectors, plan.groups);
-  plan.prefetch = shape.N * shape.H * shape.W * 2 * shape.D * element_bytes(shape.dtype) > kPrefetchBytes;
+  plan.large = shape.N * shape.H * shape.W * 2 * shape.D * element_bytes(shape.dtype) >
+               (forward ? kStreamingBytes : kPrefetchBytes);
   plan.window_elements = window_elements(plan.width, plan.group_vectors, shape.K, kernels.lanes);
   return plan;
 }
 
 // The workspace, cut up.
 struct Workspace {
-  std::int64_t weight, bias, windows, window_bytes, partials, partial_bytes, total;
+  std::int64_t weight, bias, windows, window_bytes, window_used, partials, partial_bytes, total;
 };
 Workspace lay_out(const Plan& plan, bool forward, int num_threads) {
   const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K,
@@ -121,22 +126,48 @@ Workspace lay_out(const Plan& plan, bool forward, int num_threads) {
   at.windows = at.bias + align_up(plan.vectors * vector_bytes);
   at.window_bytes = align_up(plan.window_elements * bytes);
   if (!forward) at.window_bytes = std::max(at.window_bytes, align_up((taps + 1) * plan.kernels.lanes * 8));
-  at.partials = at.windows + at.window_bytes * num_threads;
+  at.window_used = at.windows + at.window_bytes * num_threads;  // a flag for each
+  at.partials = at.window_used + align_up(num_threads);
   at.partial_bytes = forward ? 0 : align_up(plan.vectors * (taps + 1) * vector_bytes);
   at.total = at.partials + at.partial_bytes * plan.rectangles() + kLine;
   return at;
 }
 
-// weight (C, K, K) -> [vectors][K * K][lanes]; lanes beyond C are zero.
+// 4 channels of 4 taps, `taps` apart, to 4 taps of 4 channels, `lanes` apart.
+void transpose_4x4(const float* from, std::int64_t taps, float* to, std::int64_t lanes) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four row[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&row[i], from + i * taps, sizeof(Four));
+  const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Four column[4] = {
+      __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+      __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * lanes, &column[i], sizeof(Four));
+}
+
+// weight (C, K, K) -> [vectors][K * K][lanes]; lanes beyond C are zero. In a small call this costs a fifth of the
+// whole.
 template <typename Accumulator>
 void pack_weight(const Plan& plan, const void* weight, void* packed) {
   const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K, L = plan.kernels.lanes;
   with_element_type(plan.shape.weight_dtype, [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(weight);
-    for (std::int64_t c = 0; c < plan.vectors * L; ++c) {
-      Accumulator* to = static_cast<Accumulator*>(packed) + c / L * taps * L + c % L;
-      for (std::int64_t k = 0; k < taps; ++k) {
-        to[k * L] = c < plan.shape.C ? static_cast<Accumulator>(widen(from[c * taps + k])) : 0;
+    using Element = decltype(element);
+    auto* to = static_cast<Accumulator*>(packed);
+    for (std::int64_t c = 0; c < plan.shape.C; c += L, to += taps * L) {
+      const auto* from = static_cast<const Element*>(weight) + c * taps;
+      const std::int64_t lanes = std::min(L, plan.shape.C - c);
+      std::int64_t first = 0;  // tap that is not packed yet
+      if constexpr (std::is_same_v<Element, float> && std::is_same_v<Accumulator, float>) {
+        for (; lanes == L && first + 4 <= taps; first += 4) {
+          for (std::int64_t l = 0; l < L; l += 4) transpose_4x4(from + l * taps + first, taps, to + first * L + l, L);
+        }
+      }
+      for (std::int64_t k = first; k < taps; ++k) {
+        for (std::int64_t l = 0; l < lanes; ++l) to[k * L + l] = static_cast<Accumulator>(widen(from[l * taps + k]));
+        for (std::int64_t l = lanes; l < L; ++l) to[k * L + l] = 0;
       }
     }
   });
@@ -151,7 +182,7 @@ void pack_pairs(const Plan& plan, const void* weight, void* packed) {
     for (int kh = 0; kh < kPairFilter; ++kh) {
       PackedPairRow& row = to[c / kPairLanes * kPairFilter + kh];
       const BFloat16* taps = from + (c * kPairFilter + kh) * kPairFilter;
-      for (int kw = 0; kw + 1 < kPairFilter; ++kw) row.pairs[kw / 2][c % kPairLanes][kw % 2] = taps[kw];
+      for (int p = 0; p < kPairFilter / 2; ++p) std::memcpy(row.pairs[p][c % kPairLanes], taps + 2 * p, 4);
       row.last[c % kPairLanes] = widen(taps[kPairFilter - 1]);
     }
   }
@@ -258,9 +289,13 @@ void forward(const GatedDwconvForward& args, int num_threads, void* workspace, P
                      args.shape.weight_dtype == DType::kBFloat16;
   pack(plan, pairs, args.weight, args.bias, base + at.weight, base + at.bias);
   const auto run = pairs ? plan.kernels.forward_pairs : plan.kernels.forward;
+  bool* const used = reinterpret_cast<bool*>(base + at.window_used);
+  std::fill(used, used + num_threads, false);
+  const bool alike = plan.groups == 1 && plan.columns == 1;
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     run({&args, plan.block(task), base + at.weight, base + at.bias, base + at.windows + slot * at.window_bytes,
-         plan.prefetch});
+         plan.large, alike && used[slot]});
+    used[slot] = true;
   });
 }
 
@@ -272,7 +307,7 @@ void backward(const GatedDwconvBackward& args, int num_threads, void* workspace,
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     char* partial = base + at.partials + task / plan.groups * at.partial_bytes;
     plan.kernels.backward({&args, plan.block(task), base + at.weight, base + at.bias,
-                           base + at.windows + slot * at.window_bytes, plan.prefetch, partial});
+                           base + at.windows + slot * at.window_bytes, plan.large, partial});
   });
   run_tasks(plan.vectors, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t vector) {
     auto* sums = reinterpret_cast<double*>(base + at.windows + slot * at.window_bytes);

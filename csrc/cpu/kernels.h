@@ -18,7 +18,8 @@ struct ForwardTask {
   const void* weight;  // packed: [ceil(C / lanes)][K * K][lanes], accumulator type; or as forward_pairs wants it
   const void* bias;    // packed: [ceil(C / lanes)][lanes]
   void* window;        // forward_window_elements()
-  bool prefetch;       // the tensors are larger than the caches
+  bool streaming;      // the tensors are larger than the caches
+  bool cleared;        // the window was last used by a task of the same shape: what lies outside the image is zero
 };
 
 struct BackwardTask {
@@ -40,10 +41,15 @@ struct Kernels {
   void (*backward)(const BackwardTask&);
 };
 
-// Accumulators that a task over a block `width` wide and `vectors` of conv channels deep keeps at hand: K rows of
-// the input with their halo (forward), the same of the convolution's gradient (backward), one row of results.
+constexpr std::int64_t kForwardRows = 4;  // of outputs, that the forward works off at a time
+constexpr std::int64_t kMostTile = 14;    // pixels of a row, likewise
+
+// Accumulators that a task over a block `width` wide and `vectors` of conv channels deep keeps at hand: the rows of
+// the input under the filter with their halo, and a tile of results (forward); K rows of the input, the same of the
+// convolution's gradient, and one row of results (backward).
 inline std::int64_t forward_window_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
-  return vectors * lanes * (K * (width + K - 1) + width);
+  const std::int64_t tile = width < kMostTile ? width : kMostTile;
+  return vectors * lanes * ((K + kForwardRows - 1) * (width + K - 1) + kForwardRows * tile);
 }
 inline std::int64_t backward_window_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
   return vectors * lanes * (2 * K * (width + K - 1) + width);

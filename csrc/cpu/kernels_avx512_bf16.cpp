@@ -19,6 +19,8 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 
 // clang-format off
 #include "kernel_body.h"
+#include "forward_body.h"
+#include "backward_body.h"
 #include "bf16_pairs.h"
 #include "gemm_tile.h"
 #include "bf16_products.h"

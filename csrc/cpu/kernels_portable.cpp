@@ -13,6 +13,8 @@ template <Act act>
 struct GateOf<act, double> {
   static VecF64 value(VecF64 x) { return map_lanes(x, GateF64<act>::value); }
   static VecF64 slope(VecF64 x) { return map_lanes(x, GateF64<act>::slope); }
+  static Several<VecF64, 1> value(Several<VecF64, 1> x) { return {{value(x.part[0])}}; }
+  static Several<VecF64, 1> slope(Several<VecF64, 1> x) { return {{slope(x.part[0])}}; }
 };
 
 }  // namespace
@@ -20,6 +22,8 @@ struct GateOf<act, double> {
 
 // clang-format off
 #include "kernel_body.h"
+#include "forward_body.h"
+#include "backward_body.h"
 #include "gemm_tile.h"
 #include "block_body.h"
 // clang-format on

@@ -11,7 +11,9 @@ namespace {
 struct Vec {
   using Scalar = float;
   static constexpr int kLanes = 8;
-  static constexpr int kTileW = 7;  // 7 accumulators, 7 weights, 1 pixel of 16 registers
+  static constexpr int kTileW = 7;     // 7 sums, 7 weights, 1 pixel of 16 registers
+  static constexpr int kPairW = 0;     // two rows at once do not fit
+  static constexpr int kTogether = 2;  // vectors of gates, worked off side by side
   __m256 v;
 };
 
@@ -25,6 +27,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 // b where either is NaN.
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -32,16 +35,18 @@ inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) {
   return {_mm256_blendv_ps(otherwise.v, if_less.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-// An integer as fp32, and in the low bits of a lane. |x| < 2^22: the addition of 1.5 * 2^23 rounds to nearest even.
+// a * b rounded to an integer: as fp32, and in the low bits of a lane. |a * b| < 2^22: the addition of 1.5 * 2^23
+// rounds to nearest even.
 struct Rounded {
   Vec value;
   __m256i index;
 };
-inline Rounded round(Vec x) {
-  const Vec magic = broadcast(12582912.0f), sum = x + magic;
+inline Rounded round_product(Vec a, Vec b) {
+  const Vec magic = broadcast(12582912.0f), sum = fma(a, b, magic);
   return {sum - magic, _mm256_castps_si256(sum.v)};
 }
 
+inline Vec whole(Rounded rounded) { return rounded.value; }
 // 2^n for n in [-127, 127]; 2^-127 gives 0.
 inline Vec power_of_two(Rounded n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.index, _mm256_set1_epi32(127)), 23))};
@@ -49,8 +54,8 @@ inline Vec power_of_two(Rounded n) {
 
 // 8 pieces, one permutation per coefficient; it reads the low bits of the index only.
 constexpr int kPieces = 8;
-inline Vec lookup(const float (&table)[8], __m256i index) {
-  return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), index)};
+inline Vec lookup(const float (&table)[8], Rounded piece) {
+  return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), piece.index)};
 }
 
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -71,6 +76,13 @@ inline __m128i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 inline __m128i narrow(Vec a, Float16) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+// Past the caches; p is aligned to the size of what is stored.
+inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+template <typename Half>
+inline void stream(Half* p, Vec a) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(a, Half{}));
+}
 
 template <typename Half>
 inline Vec load(const Half* p) {

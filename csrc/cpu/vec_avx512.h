@@ -11,7 +11,9 @@ namespace {
 struct Vec {
   using Scalar = float;
   static constexpr int kLanes = 16;
-  static constexpr int kTileW = 14;  // 14 accumulators, 7 weights, 1 pixel of 32 registers
+  static constexpr int kTileW = 14;    // of one row: 14 sums, 7 weights, 1 pixel of 32 registers
+  static constexpr int kPairW = 7;     // of two rows at once: 14 sums, 14 weights, 1 pixel
+  static constexpr int kTogether = 4;  // vectors of gates, worked off side by side
   __m512 v;
 };
 
@@ -23,6 +25,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 // b where either is NaN.
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -30,16 +33,18 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) {
   return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), if_less.v)};
 }
-// An integer as fp32, and in the low bits of a lane. |x| < 2^22: the addition of 1.5 * 2^23 rounds to nearest even.
+// a * b rounded to an integer: as fp32, and in the low bits of a lane. |a * b| < 2^22: the addition of 1.5 * 2^23
+// rounds to nearest even.
 struct Rounded {
   Vec value;
   __m512i index;
 };
-inline Rounded round(Vec x) {
-  const Vec magic = broadcast(12582912.0f), sum = x + magic;
+inline Rounded round_product(Vec a, Vec b) {
+  const Vec magic = broadcast(12582912.0f), sum = fma(a, b, magic);
   return {sum - magic, _mm512_castps_si512(sum.v)};
 }
 
+inline Vec whole(Rounded rounded) { return rounded.value; }
 // 2^n for n in [-127, 127]; 2^-127 gives 0.
 inline Vec power_of_two(Rounded n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.index, _mm512_set1_epi32(127)), 23))};
@@ -47,8 +52,8 @@ inline Vec power_of_two(Rounded n) {
 
 // 16 pieces, one permutation per coefficient; it reads the low bits of the index only.
 constexpr int kPieces = 16;
-inline Vec lookup(const float (&table)[16], __m512i index) {
-  return {_mm512_permutexvar_ps(index, _mm512_load_ps(table))};
+inline Vec lookup(const float (&table)[16], Rounded piece) {
+  return {_mm512_permutexvar_ps(piece.index, _mm512_load_ps(table))};
 }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -62,6 +67,9 @@ inline Vec widen(__m256i bits, BFloat16) {  // word i to the high half of lane i
       _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_slli_epi32(source, 16), _mm512_castsi256_si512(bits)))};
 }
 inline Vec widen(__m256i bits, Float16) { return {_mm512_cvtph_ps(bits)}; }
+#ifdef __AVX512BF16__
+inline __m256i narrow(Vec a, BFloat16) { return (__m256i)_mm512_cvtneps_pbh(a.v); }  // subnormal numbers to zero
+#else
 inline __m256i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
   const __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
   __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
@@ -71,7 +79,15 @@ inline __m256i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
       _mm512_castsi256_si512(_mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words, rounded));
 }
+#endif
 inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+// Past the caches; p is aligned to the size of what is stored.
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+template <typename Half>
+inline void stream(Half* p, Vec a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a, Half{}));
+}
 
 template <typename Half>
 inline Vec load(const Half* p) {

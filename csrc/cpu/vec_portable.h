@@ -13,7 +13,9 @@ template <typename ScalarType>
 struct Lanes {
   using Scalar = ScalarType;
   static constexpr int kLanes = 16 / sizeof(Scalar);
-  static constexpr int kTileW = 7;  // 7 accumulators, 7 weights, 1 pixel of 16 registers
+  static constexpr int kTileW = 7;     // 7 sums, 7 weights, 1 pixel of 16 registers
+  static constexpr int kPairW = 0;     // two rows at once do not fit
+  static constexpr int kTogether = 1;  // vectors of gates, worked off side by side
   typedef Scalar Vector __attribute__((vector_size(16)));
   Vector v;
 };
@@ -51,6 +53,10 @@ inline Lanes<S> fma(Lanes<S> a, Lanes<S> b, Lanes<S> c) {
   return {a.v * b.v + c.v};
 }
 template <typename S>
+inline Lanes<S> fnma(Lanes<S> a, Lanes<S> b, Lanes<S> c) {  // c - a * b
+  return {c.v - a.v * b.v};
+}
+template <typename S>
 inline Lanes<S> select_less(Lanes<S> a, Lanes<S> b, Lanes<S> if_less, Lanes<S> otherwise) {
   return {a.v < b.v ? if_less.v : otherwise.v};
 }
@@ -69,15 +75,17 @@ inline Vec abs(Vec a) {
 
 typedef std::int32_t IntVector __attribute__((vector_size(16)));
 
-// An integer as fp32 and as an integer. |x| < 2^22: the addition of 1.5 * 2^23 rounds to nearest even.
+// a * b rounded to an integer: as fp32 and as an integer. |a * b| < 2^22: the addition of 1.5 * 2^23 rounds to nearest
+// even.
 struct Rounded {
   Vec value;
   IntVector index;
 };
-inline Rounded round(Vec x) {
-  const Vec magic = broadcast(12582912.0f), value = (x + magic) - magic;
+inline Rounded round_product(Vec a, Vec b) {
+  const Vec magic = broadcast(12582912.0f), value = fma(a, b, magic) - magic;
   return {value, __builtin_convertvector(value.v, IntVector)};
 }
+inline Vec whole(Rounded rounded) { return rounded.value; }
 // 2^n for n in [-127, 127]; 2^-127 gives 0.
 inline Vec power_of_two(Rounded n) {
   const IntVector bits = (n.index + 127) << 23;
@@ -86,9 +94,9 @@ inline Vec power_of_two(Rounded n) {
   return result;
 }
 constexpr int kPieces = 8;
-inline Vec lookup(const float (&table)[8], IntVector index) {
+inline Vec lookup(const float (&table)[8], Rounded piece) {
   Vec result;
-  for (int lane = 0; lane < Vec::kLanes; ++lane) result.v[lane] = table[index[lane] & 7];
+  for (int lane = 0; lane < Vec::kLanes; ++lane) result.v[lane] = table[piece.index[lane] & 7];
   return result;
 }
 
@@ -126,6 +134,10 @@ inline Vec load(const float* p) {
   return result;
 }
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
+template <typename Element, typename V>
+inline void stream(Element* p, V a) {
+  store(p, a);
+}
 
 }  // namespace
 }  // namespace mambaout_kernels::cpu
