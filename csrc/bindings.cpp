@@ -92,12 +92,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
 
 // A hash of some of the values of each (address, bytes): told apart from what it was when all of them have changed, as
 // after an optimizer's step, whatever way they were written.
-constexpr std::uint64_t kSamples = 64;
+constexpr std::uint64_t kFewestSamples = 64, kBytesPerSample = 8192;
 std::uint64_t fingerprint(const std::vector<std::tuple<std::uintptr_t, std::uint64_t, std::int64_t>>& memory) {
   std::uint64_t hash = 14695981039346656037u;
   for (const auto& [address, bytes, version] : memory) {
     const auto* words = reinterpret_cast<const std::uint16_t*>(address);
-    const std::uint64_t count = bytes / 2, samples = std::min(count, kSamples);
+    const std::uint64_t count = bytes / 2, samples = std::min(count, std::max(kFewestSamples, bytes / kBytesPerSample));
     for (std::uint64_t i = 0; i < samples; ++i) {
       // Of fp32 both halves: an odd number of words apart, 2 bytes each.
       const std::uint64_t at = i * (count - 1) / (samples > 1 ? samples - 1 : 1);
@@ -161,7 +161,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU kernels of mambaout_kernels.";
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
   m.def("fingerprint", &fingerprint, pybind11::arg("memory"),
-        "A hash of samples of each (address, bytes, version) of memory, which must be readable.");
+        "A hash of samples of each (address, bytes, _) of memory, which must be readable.");
   m.def("cpu_capability", [] { return std::string(cpu::isa_name(cpu::current_isa())); }, "The instruction set in use.");
   m.def("set_cpu_capability", &set_cpu_capability, pybind11::arg("name"),
         "Uses another instruction set (for tests). Raises ValueError where the processor lacks it.");

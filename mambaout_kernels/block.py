@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import whole_block
 from .checks import MAX_KERNEL_SIZE
 from .norm_linear import applies, hooked, linear, norm_linear
 from .ops import gated_dwconv
@@ -132,6 +133,7 @@ class FusedGatedCNNBlock(nn.Module):
     """
 
     op_act: str | None
+    pack: whole_block.Pack
 
     def __init__(
         self,
@@ -165,6 +167,7 @@ class FusedGatedCNNBlock(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.ls: nn.Module = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.pack = whole_block.Pack()
         if self.op_act is None:
             _warn_once(self._unfused_warning(str(self.unfused_reason())))
 
@@ -225,6 +228,8 @@ class FusedGatedCNNBlock(nn.Module):
             raise ValueError(
                 f"x must be (N, H, W, {self.dim}), channels last, floating point; got {tuple(x.shape)} of {x.dtype}"
             )
+        if whole_block.applies(self, x):
+            return whole_block.run(self, x)
         norm: Any = self.norm
         u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else linear(self.fc1, norm(x))
         y = self._middle(u)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import backends
 from .block import LAYER_NORM, FusedGatedCNNBlock, refuse_unknown
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -83,6 +84,8 @@ class Stem(nn.Module):
         self.norm2 = norm_layer(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if backends.preferred(x.device.type) == "cpu":  # oneDNN then hands channels last to the norm: no copies
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(x)
         if self.norm1 is not None:
             x = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

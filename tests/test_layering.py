@@ -12,7 +12,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mambaout_kernels"
 
 # A module may import what stands above it. Anything not named here (analysis, audit, benchmarking, cli, ...) is on top.
-LAYERS = ["reference", "checks", "backends", "ops", "norm_linear", "block", "models", "checkpoints", "integrations"]
+LAYERS = [
+    "reference",
+    "checks",
+    "backends",
+    "ops",
+    "norm_linear",
+    "whole_block",
+    "block",
+    "models",
+    "checkpoints",
+    "integrations",
+]
 
 
 def layer(path: Path) -> int:

@@ -8,16 +8,18 @@ namespace {
 struct Bf16Products {
   using Element = BFloat16;
   static constexpr int kRows = 14;
+  static constexpr int kTermsOfStep = 2;
 
   // out[r][0 .. 32) = sum_k a[r * a_step + k] * panel[k / 2][0 .. 32)[k % 2]; depth is even
   template <int kTileRows>
   [[gnu::noinline]] static void tile(const BFloat16* a, std::int64_t a_step, const void* panel, std::int64_t depth,
-                                     float* out) {
+                                     float* out, Ahead ahead) {
     const auto* b = static_cast<const BFloat16*>(panel);
     __m512 left[kTileRows], right[kTileRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) left[r] = right[r] = _mm512_setzero_ps();
     for (std::int64_t k = 0; k < depth; k += 2) {
+      ahead.fetch(k / 2);
       const auto b0 = (__m512bh)_mm512_loadu_si512(b + k * 32), b1 = (__m512bh)_mm512_loadu_si512(b + k * 32 + 32);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {

@@ -108,6 +108,14 @@ class BlockRunner {
     return ring_ + (vector * window_.ring_rows + h % window_.ring_rows) * window_.padded_width * L;
   }
 
+  // What follows `begin`, in memory as in its turn, for the tile at pixel p of `pixels`: its share of `bytes`.
+  static Ahead share_ahead(const char* begin, std::int64_t bytes, std::int64_t depth, std::int64_t p,
+                           std::int64_t pixels) {
+    const std::int64_t tiles = (pixels + kRows - 1) / kRows, steps = depth / Products::kTermsOfStep;
+    const std::int64_t step = bytes / steps / tiles + 1;
+    return {begin + p / kRows * steps * step, step};
+  }
+
   // Columns outside the image are zero in every row.
   void clear_ring() const {
     const std::int64_t first = halo0_ - (task_.w0 - R_), last = first + halo_width();
@@ -139,7 +147,8 @@ class BlockRunner {
       const Vec bias0 = load(bias), bias1 = load(bias + L);
       for_each_gemm_tile<kRows>(0, pixels, [&](auto rows, std::int64_t p) {
         constexpr int kTileRows = decltype(rows)::value;
-        Products::template tile<kTileRows>(a + p * window_.step1, window_.step1, panel, at_.depth1, tiles_);
+        Products::template tile<kTileRows>(a + p * window_.step1, window_.step1, panel, at_.depth1, tiles_,
+                                           share_ahead(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
         std::int64_t h = h0 + p / halo_width(), w = p % halo_width();
         for (int r = 0; r < kTileRows; ++r) {
           store(ring_row(v, h) + (w + offset) * L, load(tiles_ + r * kColumns) + bias0);
@@ -174,8 +183,10 @@ class BlockRunner {
       for_each_tile_of_chunk(rows, [&](auto tile, const Element* a, std::int64_t p) {
         constexpr int kTileRows = decltype(tile)::value;
         float *g = tiles_, *i = tiles_ + kMaxTileRows * kColumns;
-        Products::template tile<kTileRows>(a, window_.step1, panels, at_.depth1, g);
-        Products::template tile<kTileRows>(a, window_.step1, panels + at_.panel1, at_.depth1, i);
+        const Ahead ahead = share_ahead(panels + 2 * at_.panel1, at_.panel1, at_.depth1, p, rows * width_);
+        Products::template tile<kTileRows>(a, window_.step1, panels, at_.depth1, g, ahead);
+        Products::template tile<kTileRows>(a, window_.step1, panels + at_.panel1, at_.depth1, i,
+                                           {ahead.at + at_.panel1, ahead.step});
         Element* y = y_ + p * window_.step2 + d;
         for (int r = 0; r < kTileRows; ++r) {
           for (int v = 0; v < kColumns; v += L) {
@@ -198,7 +209,8 @@ class BlockRunner {
       const float* bias = packed<float>(at_.gate_bias) + d;
       for_each_tile_of_chunk(h1 - h0, [&](auto tile, const Element* a, std::int64_t p) {
         constexpr int kTileRows = decltype(tile)::value;
-        Products::template tile<kTileRows>(a, window_.step1, panel, at_.depth1, tiles_);
+        Products::template tile<kTileRows>(a, window_.step1, panel, at_.depth1, tiles_,
+                                           share_ahead(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
         Element* y = y_ + p * window_.step2 + at_.identity + d;
         for (int r = 0; r < kTileRows; ++r) {
           for (int v = 0; v < 2; ++v) {
@@ -233,7 +245,9 @@ class BlockRunner {
       const std::int64_t columns = smaller(kColumns, shape_.dim - d);
       for_each_gemm_tile<kRows>(0, (h1 - h0) * width_, [&](auto tile, std::int64_t p) {
         constexpr int kTileRows = decltype(tile)::value;
-        Products::template tile<kTileRows>(y_ + p * window_.step2, window_.step2, panel, at_.depth2, tiles_);
+        Products::template tile<kTileRows>(
+            y_ + p * window_.step2, window_.step2, panel, at_.depth2, tiles_,
+            share_ahead(panel + at_.panel2, at_.panel2, at_.depth2, p, (h1 - h0) * width_));
         std::int64_t h = h0 + p / width_, w = task_.w0 + p % width_;
         for (int r = 0; r < kTileRows; ++r) {
           const Io* x = pixel<Io>(call_.x, task_.n, h, w) + d;

@@ -128,6 +128,14 @@ if torch.cuda.is_available():
     _no_kernels["cuda"] = _without_kernels("cuda")
 
 
+def preferred(device_type: str) -> str:
+    """The name of the backend that calls on this type of device run on, as far as the device alone decides."""
+    if _forced is not None:
+        return _forced
+    available = _no_kernels.get(device_type, "none") is None
+    return _CANDIDATES[device_type][0] if available and len(_CANDIDATES[device_type]) == 1 else "reference"
+
+
 def uses_reference(device_type: str) -> bool:
     """Whether calls on this type of device run as plain PyTorch: forced to, or for lack of anything faster.
 

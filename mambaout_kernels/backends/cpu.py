@@ -17,6 +17,8 @@ try:
     module, _reason = _C, None
     _forward = torch.ops.mambaout_kernels_native.gated_dwconv_cpu.default
     _backward = torch.ops.mambaout_kernels_native.gated_dwconv_backward_cpu.default
+    _pack_block = torch.ops.mambaout_kernels_native.gated_cnn_block_pack_cpu.default
+    _block = torch.ops.mambaout_kernels_native.gated_cnn_block_cpu.default
 except ImportError as error:
     module = None
     _reason = (
@@ -45,3 +47,39 @@ def gated_dwconv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(du, dweight, dbias), contiguous, for any strides; the compiled op refuses what it cannot run."""
     return _backward(dy, u, weight, bias, _ACT_CODES[act])
+
+
+def instruction_set() -> str:
+    """The instruction set in use. Packed parameters of a block are for one."""
+    assert module is not None
+    return str(module.cpu_capability())
+
+
+def multiplies_bf16() -> bool:
+    """Whether the instruction set in use multiplies bfloat16 in the whole block; if not, it multiplies float32."""
+    return module is not None and module.cpu_capability() == "avx512_bf16"
+
+
+def fingerprint(memory: list[tuple[int, int, int]]) -> int:
+    """A hash of samples of the given (address, bytes, _) of memory, which must be readable."""
+    assert module is not None
+    return int(module.fingerprint(memory))
+
+
+def pack_block(parameters: list[Tensor | None], bf16: bool) -> Tensor:
+    """A block's parameters as the kernels read them: norm, fc1, conv, fc2 (weight, bias each), scale; float32.
+
+    None for what is not there. bf16: to be multiplied in bfloat16.
+    """
+    fc1_weight = parameters[2]
+    assert fc1_weight is not None
+    nothing = fc1_weight.new_empty(0)
+    given = [nothing if p is None else p for p in parameters]
+    if parameters[4] is None:
+        given[4] = fc1_weight.new_empty(0, 1, 1, 1)
+    return _pack_block(*given, bf16)
+
+
+def gated_cnn_block(x: Tensor, packed: Tensor, eps: float, act: str) -> Tensor:
+    """x + scale * fc2(...), (N, H, W, dim), contiguous, for any strides of x in float32 or bfloat16."""
+    return _block(x, packed, eps, _ACT_CODES[act])
