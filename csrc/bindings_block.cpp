@@ -1,7 +1,6 @@
 // The whole block on the CPU, for inference.
-#include <cstring>
-
 #include "bindings_common.h"
+#include "bindings_pack.h"
 #include "cpu/gated_cnn_block_cpu.h"
 
 namespace mambaout_kernels {
@@ -12,17 +11,6 @@ struct alignas(64) PackHeader {
   std::int64_t magic, id, dim, D, C, K, multiplied;
 };
 constexpr std::int64_t kMagic = 0x4d616d62614f7574;
-
-const float* parameter(const Tensor& tensor, std::int64_t count, const char* name) {
-  check_cpu(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be float32 and contiguous");
-  STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, has ", tensor.numel());
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
-const float* optional_parameter(const Tensor& tensor, std::int64_t count, const char* name) {
-  return tensor.numel() == 0 ? nullptr : parameter(tensor, count, name);
-}
 
 Tensor pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor conv_weight,
             Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor scale, bool bf16) {
@@ -67,13 +55,7 @@ Tensor pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_
 
 // The shape that was packed; nothing of it is believed that the size of the tensor does not bear out.
 GatedCnnBlockShape packed_shape(const Tensor& packed) {
-  check_cpu(packed, "packed");
-  const std::int64_t bytes = packed.numel() * 4;
-  const auto* header = static_cast<const PackHeader*>(packed.const_data_ptr());
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
-                      bytes >= static_cast<std::int64_t>(sizeof(PackHeader)) &&
-                      reinterpret_cast<std::uintptr_t>(header) % 64 == 0 && header->magic == kMagic,
-                  "packed must come from gated_cnn_block_pack_cpu");
+  const auto* header = pack_header<PackHeader>(packed, kMagic, "gated_cnn_block_pack_cpu");
   GatedCnnBlockShape shape{};
   shape.dim = header->dim;
   shape.D = header->D;
@@ -83,7 +65,7 @@ GatedCnnBlockShape packed_shape(const Tensor& packed) {
   const bool multiplied_known = shape.multiplied == DType::kFloat32 || shape.multiplied == DType::kBFloat16;
   STD_TORCH_CHECK(multiplied_known && cpu::block_supports(shape.multiplied) && header->id == cpu::block_pack_id(shape),
                   "packed is for another instruction set than the one in use; pack again");
-  STD_TORCH_CHECK(bytes == static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::block_pack_bytes(shape),
+  STD_TORCH_CHECK(packed.numel() * 4 == static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::block_pack_bytes(shape),
                   "packed has the wrong size");
   return shape;
 }

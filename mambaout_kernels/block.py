@@ -21,6 +21,7 @@ from . import whole_block
 from .checks import MAX_KERNEL_SIZE
 from .norm_linear import applies, hooked, linear, norm_linear
 from .ops import gated_dwconv
+from .packs import Pack
 from .reference import ACTIVATIONS, activation
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -133,7 +134,7 @@ class FusedGatedCNNBlock(nn.Module):
     """
 
     op_act: str | None
-    pack: whole_block.Pack
+    pack: Pack
 
     def __init__(
         self,
@@ -167,7 +168,7 @@ class FusedGatedCNNBlock(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.ls: nn.Module = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.pack = whole_block.Pack()
+        self.pack = Pack()
         if self.op_act is None:
             _warn_once(self._unfused_warning(str(self.unfused_reason())))
 

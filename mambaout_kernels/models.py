@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import backends
-from .block import LAYER_NORM, FusedGatedCNNBlock, refuse_unknown
+from .block import LAYER_NORM, FusedGatedCNNBlock, activation_name, refuse_unknown
+from .downsample import applies, run
+from .packs import Pack
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "gelu": nn.GELU,
@@ -82,10 +83,20 @@ class Stem(nn.Module):
         self.act = act_layer()
         self.conv2 = _conv3x3s2(dim // 2, dim)
         self.norm2 = norm_layer(dim)
+        self.packs = (Pack(), Pack())
+
+    @property
+    def act_name(self) -> str | None:
+        """The op's name for what `act` computes."""
+        return activation_name(self.act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if backends.preferred(x.device.type) == "cpu":  # oneDNN then hands channels last to the norm: no copies
-            x = x.contiguous(memory_format=torch.channels_last)
+        nhwc = x.permute(0, 2, 3, 1)
+        if applies(self.conv1, self.norm1, self.act, self.act_name, nhwc):
+            x = run(self.conv1, self.norm1, str(self.act_name), nhwc, self.packs[0])
+            if applies(self.conv2, self.norm2, None, "identity", x):
+                return run(self.conv2, self.norm2, "identity", x, self.packs[1])
+            return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         x = self.conv1(x)
         if self.norm1 is not None:
             x = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -100,10 +111,14 @@ class Downsample(nn.Module):
         self.norm_first = norm_first
         self.conv = _conv3x3s2(in_dim, dim)
         self.norm = norm_layer(in_dim if norm_first else dim)
+        self.pack = Pack()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.norm_first:
             x = self.norm(x)
+        norm = None if self.norm_first else self.norm
+        if applies(self.conv, norm, None, "identity", x):
+            return run(self.conv, norm, "identity", x, self.pack)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x if self.norm_first else self.norm(x)
 

@@ -3,13 +3,9 @@
     out = x + ls(fc2(act(g) * concat(i, dwconv(c)))),   [g, i, c] = fc1(layer_norm(x))
 
 Rows of x go through all of it while they are in cache: the 2 * hidden channels of fc1's output are never written to
-memory. The kernels read the parameters in an order of their own; they are packed at the first call, and again when they
-have changed: replaced, written in place (PyTorch counts that), or written where PyTorch does not count (through `.data`
-or NumPy), as far as samples of them, one for every 8 KiB and 64 of each parameter at least, show it.
+memory.
 """
 
-import secrets
-import weakref
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 from . import backends
 from .backends import cpu
 from .norm_linear import hooked
+from .packs import packed
 from .reference import ACTIVATIONS
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
@@ -27,38 +24,6 @@ _library.define(
     "bool low_precision, int pack) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-# What packed parameters were made from, and themselves, by the number of their Pack.
-_packs: dict[int, tuple[Any, Tensor]] = {}
-
-
-class Pack:
-    """Where a block's packed parameters are kept while the block lives. A copy of a block has one of its own."""
-
-    def __init__(self) -> None:
-        self.number = secrets.randbits(62)  # unique in any process that an exported program comes to
-        weakref.finalize(self, _packs.pop, self.number, None)
-
-    def __deepcopy__(self, memo: Any) -> "Pack":
-        return Pack()
-
-    def __reduce__(self) -> tuple[type["Pack"], tuple[()]]:
-        return Pack, ()
-
-
-def _packed(parameters: list[Tensor | None], low_precision: bool, pack: int) -> Tensor:
-    given = [t for t in parameters if t is not None]
-    memory = [
-        (t.data_ptr(), t.numel() * t.element_size() if t.is_contiguous() else 0, 0 if t.is_inference() else t._version)
-        for t in given
-    ]
-    key = (low_precision, cpu.instruction_set(), [t is None for t in parameters], memory, cpu.fingerprint(memory))
-    found = _packs.get(pack)
-    if found is not None and found[0] == key and all(bytes for _, bytes, _ in memory):
-        return found[1]
-    packed = cpu.pack_block([None if t is None else t.detach().float().contiguous() for t in parameters], low_precision)
-    _packs[pack] = (key, packed)
-    return packed
 
 
 def _check(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, act: str) -> None:
@@ -95,7 +60,7 @@ def _impl(
     parameters = [
         norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias, scale,
     ]  # fmt: skip
-    return cpu.gated_cnn_block(x, _packed(parameters, low_precision, pack), eps, act)
+    return cpu.gated_cnn_block(x, packed(pack, parameters, low_precision, cpu.pack_block), eps, act)
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:

@@ -57,9 +57,10 @@ def test_nothing_leaks_from_the_code_of_an_instruction_set(isa):
         pytest.skip(f"no build tree with {isa}")
     for path in objects:
         defined = [name for kind, name in symbols(path, "--extern-only") if kind != "U"]
-        for entry in (f"kernels_{isa}", f"block_kernels_{isa}"):  # C++ writes each name with its length before it
-            assert len([n for n in defined if n.startswith(f"_ZN16mambaout_kernels3cpu{len(entry)}{entry}E")]) == 1
-        assert len(defined) == 2, defined
+        for entry in (f"{kind}kernels_{isa}" for kind in ("", "block_", "downsample_")):
+            start = f"_ZN16mambaout_kernels3cpu{len(entry)}{entry}E"  # C++ writes each name with its length before it
+            assert len([name for name in defined if name.startswith(start)]) == 1
+        assert len(defined) == 3, defined
 
 
 @needs_module

@@ -38,14 +38,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=_C.supported_cpu_capabilities())
-def isa(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
 def run(inputs: Inputs, act: str = "gelu"):
     return (cpu.gated_dwconv(*inputs, act), *cpu.gated_dwconv_backward(inputs.dy, *inputs, act))
 

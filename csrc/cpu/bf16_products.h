@@ -10,8 +10,8 @@ struct Bf16Products {
   static constexpr int kRows = 14;
   static constexpr int kTermsOfStep = 2;
 
-  // out[r][0 .. 32) = sum_k a[r * a_step + k] * panel[k / 2][0 .. 32)[k % 2]; depth is even
-  template <int kTileRows>
+  // out[r][0 .. 32) = sum_k a[r * a_step + k] * panel[k / 2][0 .. 32)[k % 2], likewise; depth is even
+  template <int kTileRows, bool kAdd = false>
   [[gnu::noinline]] static void tile(const BFloat16* a, std::int64_t a_step, const void* panel, std::int64_t depth,
                                      float* out, Ahead ahead) {
     const auto* b = static_cast<const BFloat16*>(panel);
@@ -32,8 +32,9 @@ struct Bf16Products {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      _mm512_storeu_ps(out + r * 32, left[r]);
-      _mm512_storeu_ps(out + r * 32 + 16, right[r]);
+      float* to = out + r * 32;
+      _mm512_storeu_ps(to, kAdd ? _mm512_add_ps(_mm512_loadu_ps(to), left[r]) : left[r]);
+      _mm512_storeu_ps(to + 16, kAdd ? _mm512_add_ps(_mm512_loadu_ps(to + 16), right[r]) : right[r]);
     }
   }
 };

@@ -12,36 +12,50 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-inline float sum_of_lanes(Vec v) {
-  float lanes[Vec::kLanes];
-  store(lanes, v);
-  for (int step = Vec::kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
-}
-
-// to[0 .. padded) = layer_norm(from[0 .. dim)); zero beyond dim.
-template <typename Io, typename Element>
-void norm_pixel(const Io* from, std::int64_t dim, std::int64_t padded, float eps, const float* weight,
-                const float* bias, Element* to) {
+// to[0 .. padded) = layer_norm(from[0 .. dim)), zero beyond dim, for kCount pixels side by side: the chain of sums,
+// root and products of one is longer than the processor looks ahead.
+template <int kCount, typename From, typename To>
+void norm_pixels(const From* from, std::int64_t from_step, std::int64_t dim, std::int64_t padded, float eps,
+                 const float* weight, const float* bias, To* to, std::int64_t to_step) {
   constexpr int L = Vec::kLanes;
-  Vec sum = broadcast(0.0f);
-  for_each_vector<L>(dim, [&](std::int64_t d, int lanes) { sum = sum + load_lanes<Vec>(from + d, lanes); });
-  const Vec mean = broadcast(sum_of_lanes(sum) / static_cast<float>(dim));
-  Vec squares = broadcast(0.0f);
+  const auto load_all = [&](std::int64_t d, int lanes) {
+    return each<kCount>([&](int i) { return load_lanes<Vec>(from + i * from_step + d, lanes); });
+  };
+  const auto mean_of = [&](const Several<Vec, kCount>& sums) {
+    return each<kCount>([&](int i) { return sum_of_lanes(sums.part[i]) / static_cast<float>(dim); });
+  };
+  const auto zeros = each<kCount>([](int) { return broadcast(0.0f); });
+  auto sum = zeros;
+  for_each_vector<L>(dim, [&](std::int64_t d, int lanes) { sum = sum + load_all(d, lanes); });
+  const auto means = mean_of(sum);
+  const auto mean = each<kCount>([&](int i) { return broadcast(means.part[i]); });
+  auto squares = zeros;
   float ones[L];
   for (int i = 0; i < L; ++i) ones[i] = 1.0f;
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {
-    const Vec centred = (load_lanes<Vec>(from + d, lanes) - mean) * load_lanes<Vec>(ones, lanes);
+    const auto centred = (load_all(d, lanes) - mean) * load_lanes<Vec>(ones, lanes);
     squares = fma(centred, centred, squares);
   });
-  const Vec scale = broadcast(1.0f / __builtin_sqrtf(sum_of_lanes(squares) / static_cast<float>(dim) + eps));
+  const auto variances = mean_of(squares);
+  const auto scale = each<kCount>([&](int i) { return broadcast(1.0f / __builtin_sqrtf(variances.part[i] + eps)); });
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {
-    const Vec normed = (load_lanes<Vec>(from + d, lanes) - mean) * scale;
-    store_lanes(to + d, fma(normed, load(weight + d), load(bias + d)), lanes);
+    const auto normed = fma((load_all(d, lanes) - mean) * scale, load(weight + d), load(bias + d));
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) store_lanes(to + i * to_step + d, normed.part[i], lanes);
   });
-  for (std::int64_t d = dim; d < padded; ++d) to[d] = Element{};
+  for (int i = 0; i < kCount; ++i) {
+    for (std::int64_t d = dim; d < padded; ++d) to[i * to_step + d] = To{};
+  }
+}
+
+// Calls body(Constant<count>, index), Vec::kTogether at a time.
+template <typename Body>
+inline void for_each_together(std::int64_t count, const Body& body) {
+  std::int64_t i = 0;
+  for (; i + Vec::kTogether <= count; i += Vec::kTogether) body(Constant<Vec::kTogether>{}, i);
+  if constexpr (Vec::kTogether > 1) {
+    for (; i < count; ++i) body(Constant<1>{}, i);
+  }
 }
 
 template <Act act, typename Io, typename Products>
@@ -130,10 +144,13 @@ class BlockRunner {
   void norm_rows(std::int64_t h0, std::int64_t h1, std::int64_t at) const {
     Element* to = normed_ + at * halo_width() * window_.step1;
     for (std::int64_t h = h0; h < h1; ++h) {
-      for (std::int64_t w = halo0_; w < halo1_; ++w, to += window_.step1) {
-        norm_pixel(pixel<Io>(call_.x, task_.n, h, w), shape_.dim, at_.depth1, shape_.eps,
-                   packed<float>(at_.norm_weight), packed<float>(at_.norm_bias), to);
-      }
+      const Io* from = pixel<Io>(call_.x, task_.n, h, halo0_);
+      for_each_together(halo_width(), [&](auto count, std::int64_t w) {
+        norm_pixels<decltype(count)::value>(from + w * call_.x.stride_w, call_.x.stride_w, shape_.dim, at_.depth1,
+                                            shape_.eps, packed<float>(at_.norm_weight), packed<float>(at_.norm_bias),
+                                            to + w * window_.step1, window_.step1);
+      });
+      to += halo_width() * window_.step1;
     }
   }
 

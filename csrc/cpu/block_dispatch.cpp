@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "block_kernels.h"
-#include "convert.h"
 #include "gated_cnn_block_cpu.h"
+#include "panels.h"
 #include "tasks.h"
 
 namespace mambaout_kernels::cpu {
@@ -83,18 +83,10 @@ class Packer {
   template <typename Column>
   void panel(std::int64_t offset, const float* matrix, std::int64_t matrix_step, std::int64_t rows, std::int64_t depth,
              const Column& column) const {
-    char* to = packed_ + offset;
-    for (std::int64_t j = 0; j < std::min(rows, at.columns); ++j) {
-      for (std::int64_t k = 0; k < depth; ++k) {
-        const std::int64_t from = column(k);
-        const float value = from < 0 ? 0.0f : matrix[j * matrix_step + from];
-        if (kernels_.element_bytes == 4) {
-          reinterpret_cast<float*>(to)[k * at.columns + j] = value;
-        } else {
-          narrow(value, reinterpret_cast<BFloat16*>(to) + (k / 2 * at.columns + j) * 2 + k % 2);
-        }
-      }
-    }
+    pack_panel(packed_ + offset, kernels_.element_bytes, at.columns, rows, depth, [&](std::int64_t j, std::int64_t k) {
+      const std::int64_t from = column(k);
+      return from < 0 ? 0.0f : matrix[j * matrix_step + from];
+    });
   }
 
   const BlockPack at;

@@ -26,8 +26,8 @@ struct Fp32Products {
   // Terms of one sum; the sums of a longer one are added up. One sum of 1536 terms has 3.5 times eager's error.
   static constexpr std::int64_t kSumDepth = 128;
 
-  // out[r][0 .. 2 lanes) = sum_k a[r * a_step + k] * panel[k][0 .. 2 lanes)
-  template <int kTileRows>
+  // out[r][0 .. 2 lanes) = sum_k a[r * a_step + k] * panel[k][0 .. 2 lanes), added to what is there if kAdd
+  template <int kTileRows, bool kAdd = false>
   [[gnu::noinline]] static void tile(const float* a, std::int64_t a_step, const void* panel, std::int64_t depth,
                                      float* out, Ahead ahead) {
     constexpr int L = Vec::kLanes;
@@ -50,8 +50,8 @@ struct Fp32Products {
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
         float* to = out + r * 2 * L;
-        store(to, k0 == 0 ? left[r] : load(to) + left[r]);
-        store(to + L, k0 == 0 ? right[r] : load(to + L) + right[r]);
+        store(to, k0 == 0 && !kAdd ? left[r] : load(to) + left[r]);
+        store(to + L, k0 == 0 && !kAdd ? right[r] : load(to + L) + right[r]);
       }
     }
   }

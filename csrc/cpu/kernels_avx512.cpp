@@ -23,6 +23,7 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "backward_body.h"
 #include "gemm_tile.h"
 #include "block_body.h"
+#include "downsample_body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
@@ -41,6 +42,10 @@ const Kernels* kernels_avx512(DType dtype) {
 
 const BlockKernels* block_kernels_avx512(DType multiplied, DType io) {
   return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products, 2>(io) : nullptr;
+}
+
+const DownsampleKernels* downsample_kernels_avx512(DType multiplied, DType in, DType out) {
+  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products, 2>(in, out) : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

@@ -25,6 +25,7 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "gemm_tile.h"
 #include "bf16_products.h"
 #include "block_body.h"
+#include "downsample_body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
@@ -40,6 +41,10 @@ const Kernels* kernels_avx512_bf16(DType dtype) {
 
 const BlockKernels* block_kernels_avx512_bf16(DType multiplied, DType io) {
   return multiplied == DType::kBFloat16 ? block_kernels_for<Bf16Products, 3>(io) : nullptr;
+}
+
+const DownsampleKernels* downsample_kernels_avx512_bf16(DType multiplied, DType in, DType out) {
+  return multiplied == DType::kBFloat16 ? downsample_kernels_for<Bf16Products, 3>(in, out) : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

@@ -26,6 +26,7 @@ struct GateOf<act, double> {
 #include "backward_body.h"
 #include "gemm_tile.h"
 #include "block_body.h"
+#include "downsample_body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
@@ -46,6 +47,10 @@ const Kernels* kernels_portable(DType dtype) {
 
 const BlockKernels* block_kernels_portable(DType multiplied, DType io) {
   return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products, 0>(io) : nullptr;
+}
+
+const DownsampleKernels* downsample_kernels_portable(DType multiplied, DType in, DType out) {
+  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products, 0>(in, out) : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

@@ -58,6 +58,11 @@ inline Vec lookup(const float (&table)[8], Rounded piece) {
   return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), piece.index)};
 }
 
+inline float sum_of_lanes(Vec a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }

@@ -56,6 +56,7 @@ inline Vec lookup(const float (&table)[16], Rounded piece) {
   return {_mm512_permutexvar_ps(piece.index, _mm512_load_ps(table))};
 }
 
+inline float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }

@@ -128,6 +128,7 @@ template <typename Element, typename V>
 inline void store(Element* p, V a) {
   store_first(p, a, V::kLanes);
 }
+inline float sum_of_lanes(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline Vec load(const float* p) {
   Vec result;
   std::memcpy(&result.v, p, sizeof(result.v));

@@ -18,6 +18,8 @@ try:
     _forward = torch.ops.mambaout_kernels_native.gated_dwconv_cpu.default
     _backward = torch.ops.mambaout_kernels_native.gated_dwconv_backward_cpu.default
     _pack_block = torch.ops.mambaout_kernels_native.gated_cnn_block_pack_cpu.default
+    _pack_downsample = torch.ops.mambaout_kernels_native.downsample_pack_cpu.default
+    _downsample = torch.ops.mambaout_kernels_native.downsample_cpu.default
     _block = torch.ops.mambaout_kernels_native.gated_cnn_block_cpu.default
 except ImportError as error:
     module = None
@@ -56,7 +58,7 @@ def instruction_set() -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the instruction set in use multiplies bfloat16 in the whole block; if not, it multiplies float32."""
+    """Whether the instruction set in use multiplies bfloat16 in what is packed; if not, it multiplies float32."""
     return module is not None and module.cpu_capability() == "avx512_bf16"
 
 
@@ -83,3 +85,15 @@ def pack_block(parameters: list[Tensor | None], bf16: bool) -> Tensor:
 def gated_cnn_block(x: Tensor, packed: Tensor, eps: float, act: str) -> Tensor:
     """x + scale * fc2(...), (N, H, W, dim), contiguous, for any strides of x in float32 or bfloat16."""
     return _block(x, packed, eps, _ACT_CODES[act])
+
+
+def pack_downsample(parameters: list[Tensor | None], bf16: bool) -> Tensor:
+    """A 3 x 3 convolution's weight and bias, and its norm's, as the kernels read them; float32, None as above."""
+    weight = parameters[0]
+    assert weight is not None
+    return _pack_downsample(*(weight.new_empty(0) if p is None else p for p in parameters), bf16)
+
+
+def downsample(x: Tensor, packed: Tensor, normed: bool, eps: float, act: str, bf16: bool) -> Tensor:
+    """act(layer_norm(conv(x))), (N, H/2, W/2, out), contiguous; x (N, H, W, in) of any strides; bf16: the result."""
+    return _downsample(x, packed, normed, eps, _ACT_CODES[act], bf16)

@@ -1,0 +1,198 @@
+// The downsampling over one task, written once for every instruction set. Needs block_body.h before it.
+//
+// The three pixels of x that a row of the filter covers are neighbours in memory, and so are, two pixels on, those of
+// the next output: a matrix product of depth 3 * channels on x as it lies, for each of the filter's three rows.
+#pragma once
+
+#include "downsample_kernels.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+// One number: a vector's masks cost more, where the channels of a pixel lie apart.
+template <typename To>
+inline To as(To x) {
+  return x;
+}
+template <typename To>
+  requires(sizeof(To) == 4)
+inline To as(BFloat16 x) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16);
+}
+template <typename To>
+  requires(sizeof(To) == 2)
+inline To as(float x) {  // to nearest even; NaN stays NaN
+  const auto bits = __builtin_bit_cast(std::uint32_t, x);
+  return {static_cast<std::uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <typename In, typename Out, typename Products>
+class DownsampleRunner {
+  using Element = typename Products::Element;
+  static constexpr int L = Vec::kLanes, kColumns = 2 * L;
+
+ public:
+  explicit DownsampleRunner(const DownsampleTask& task)
+      : task_(task),
+        call_(*task.call),
+        at_(*task.at),
+        width_(call_.out_width()),
+        window_(downsample_window(call_, at_, sizeof(Element), task.h1 - task.h0)),
+        x_(static_cast<Element*>(part(window_.x))),
+        sums_(static_cast<float*>(part(window_.sums))),
+        tile_(static_cast<float*>(part(window_.tile))),
+        patches_(static_cast<Element*>(part(window_.patches))) {}
+
+  void run() const {
+    const std::int64_t first = 2 * task_.h0 - 1, last = 2 * task_.h1;  // rows of x
+    for (std::int64_t h = first; h < last; ++h) {
+      if (h >= 0 && h < call_.H) copy_row(h, x_ + (h - first) * window_.row);
+    }
+    for (std::int64_t h = task_.h0; h < task_.h1 && window_.patches > 0; ++h) gather_patches(h);
+    for (std::int64_t j = 0; j < at_.out; j += kColumns) {
+      for (std::int64_t h = task_.h0; h < task_.h1; ++h) multiply_row(h, j);
+    }
+    finish();
+  }
+
+ private:
+  void* part(std::int64_t offset) const { return static_cast<char*>(task_.window) + offset; }
+  template <typename T>
+  const T* packed(std::int64_t offset) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(call_.packed) + offset);
+  }
+
+  // Row h of x, as multiplied, between a pixel of zeros on each side.
+  void copy_row(std::int64_t h, Element* to) const {
+    const std::int64_t channels = call_.shape.in_channels;
+    const auto* from = static_cast<const In*>(call_.x.data) + task_.n * call_.x.stride_n + h * call_.x.stride_h;
+    const auto clear = [](Element* begin, std::int64_t count) { __builtin_memset(begin, 0, count * sizeof(Element)); };
+    clear(to, at_.channels);
+    to += at_.channels;
+    for (std::int64_t w = 0; w < call_.W; ++w, to += at_.channels, from += call_.x.stride_w) {
+      if (call_.x_stride_c == 1) {
+        for_each_vector<L>(
+            channels, [&](std::int64_t c, int lanes) { store_lanes(to + c, load_lanes<Vec>(from + c, lanes), lanes); });
+      } else {
+        for (std::int64_t c = 0; c < channels; ++c) to[c] = as<Element>(from[c * call_.x_stride_c]);
+      }
+      clear(to + channels, at_.channels - channels);
+    }
+    clear(to, window_.row - (call_.W + 1) * at_.channels);
+  }
+
+  // Row h of the sums, columns [j, j + kColumns).
+  void multiply_row(std::int64_t h, std::int64_t j) const {
+    const char* panel = packed<char>(at_.panels) + j / kColumns * at_.panel;
+    const std::int64_t depth = 3 * at_.channels;
+    const float* bias = packed<float>(at_.bias) + j;
+    const Vec bias0 = load(bias), bias1 = load(bias + L);
+    for_each_gemm_tile<Products::kRows>(0, width_, [&](auto rows, std::int64_t w) {
+      constexpr int kTileRows = decltype(rows)::value;
+      for (int r = 0; r < kTileRows; ++r) {
+        store(tile_ + r * kColumns, bias0);
+        store(tile_ + r * kColumns + L, bias1);
+      }
+      if (window_.patches > 0) {
+        const Ahead ahead = {panel + at_.panel, at_.panel / (3 * depth / Products::kTermsOfStep)};
+        const Element* patches = patches_ + ((h - task_.h0) * width_ + w) * 3 * depth;
+        Products::template tile<kTileRows, true>(patches, 3 * depth, panel, 3 * depth, tile_, ahead);
+      } else {
+        multiply_filter_rows<kTileRows>(h, w, panel);
+      }
+      float* to = sums_ + ((h - task_.h0) * width_ + w) * at_.out + j;
+      for (int r = 0; r < kTileRows; ++r, to += at_.out) {
+        store(to, load(tile_ + r * kColumns));
+        store(to + L, load(tile_ + r * kColumns + L));
+      }
+    });
+  }
+
+  template <int kTileRows>
+  void multiply_filter_rows(std::int64_t h, std::int64_t w, const char* panel) const {
+    const std::int64_t depth = 3 * at_.channels, row_bytes = at_.panel / 3;
+    for (int kh = 0; kh < 3; ++kh) {
+      const std::int64_t from = 2 * h + kh - 1;
+      if (from < 0 || from >= call_.H) continue;
+      const Element* a = x_ + (from - (2 * task_.h0 - 1)) * window_.row + 2 * w * at_.channels;
+      const Ahead ahead = {panel + at_.panel + kh * row_bytes, row_bytes / (depth / Products::kTermsOfStep)};
+      Products::template tile<kTileRows, true>(a, 2 * at_.channels, panel + kh * row_bytes, depth, tile_, ahead);
+    }
+  }
+
+  // What the filter covers at each output of row h, side by side: of few channels, three short products cost more than
+  // this copy.
+  void gather_patches(std::int64_t h) const {
+    const std::int64_t depth = 3 * at_.channels;
+    Element* to = patches_ + (h - task_.h0) * width_ * 3 * depth;
+    for (std::int64_t w = 0; w < width_; ++w) {
+      for (int kh = 0; kh < 3; ++kh, to += depth) {
+        const std::int64_t from = 2 * h + kh - 1;
+        if (from < 0 || from >= call_.H) {
+          __builtin_memset(to, 0, depth * sizeof(Element));
+        } else {
+          const Element* a = x_ + (from - (2 * task_.h0 - 1)) * window_.row + 2 * w * at_.channels;
+          for (std::int64_t k = 0; k < depth; ++k) to[k] = a[k];
+        }
+      }
+    }
+  }
+
+  void finish() const {
+    const std::int64_t pixels = (task_.h1 - task_.h0) * width_, channels = call_.shape.out_channels;
+    if (call_.shape.normed) {
+      for_each_together(pixels, [&](auto count, std::int64_t p) {
+        float* sums = sums_ + p * at_.out;
+        norm_pixels<decltype(count)::value>(sums, at_.out, channels, channels, call_.shape.eps,
+                                            packed<float>(at_.norm_weight), packed<float>(at_.norm_bias), sums,
+                                            at_.out);
+      });
+    }
+    Out* out = static_cast<Out*>(call_.out) + (task_.n * call_.out_height() + task_.h0) * width_ * channels;
+    switch (call_.shape.act) {
+      case Act::kGelu: return store_activated<Act::kGelu>(pixels, out);
+      case Act::kGeluTanh: return store_activated<Act::kGeluTanh>(pixels, out);
+      case Act::kSilu: return store_activated<Act::kSilu>(pixels, out);
+      case Act::kIdentity: return store_activated<Act::kIdentity>(pixels, out);
+    }
+  }
+  template <Act act>
+  void store_activated(std::int64_t pixels, Out* out) const {
+    const std::int64_t channels = call_.shape.out_channels;
+    for (std::int64_t p = 0; p < pixels; ++p, out += channels) {
+      const float* sums = sums_ + p * at_.out;
+      for_each_vectors<Vec>(channels, [&](std::int64_t c, auto count, int lanes) {
+        constexpr int kCount = decltype(count)::value;
+        store_several(out + c, GateOf<act, Out>::value(load_several<kCount, Vec>(sums + c, lanes)), lanes);
+      });
+    }
+  }
+
+  const DownsampleTask& task_;
+  const DownsampleCall& call_;
+  const DownsamplePack& at_;
+  const std::int64_t width_;
+  const DownsampleWindow window_;
+  Element* x_;
+  float *sums_, *tile_;
+  Element* patches_;
+};
+
+template <typename In, typename Out, typename Products>
+void run_downsample(const DownsampleTask& task) {
+  DownsampleRunner<In, Out, Products>(task).run();
+}
+
+template <typename Products, int kId>
+const DownsampleKernels* downsample_kernels_for(DType in, DType out) {
+  constexpr int kBytes = sizeof(typename Products::Element);
+  static constexpr DownsampleKernels kKernels[2][2] = {
+      {{kId, Vec::kLanes, kBytes, run_downsample<float, float, Products>},
+       {kId, Vec::kLanes, kBytes, run_downsample<float, BFloat16, Products>}},
+      {{kId, Vec::kLanes, kBytes, run_downsample<BFloat16, float, Products>},
+       {kId, Vec::kLanes, kBytes, run_downsample<BFloat16, BFloat16, Products>}}};
+  return &kKernels[in == DType::kBFloat16][out == DType::kBFloat16];
+}
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu

@@ -1,0 +1,130 @@
+// The downsampling: packing of its parameters, the cut of a call into tasks, and which instruction set runs them.
+#include <algorithm>
+#include <cstring>
+
+#include "block_kernels.h"
+#include "downsample_cpu.h"
+#include "downsample_kernels.h"
+#include "panels.h"
+#include "tasks.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+// Pixels of a task: as many as let the panels of weights, streamed from L2 or L3 once per task, cost little.
+constexpr std::int64_t kTaskPixels = 112;
+// Up to so many, the filter's nine pixels are multiplied in one product.
+constexpr std::int64_t kFewChannels = 8;
+// Of the rows of x in one task.
+constexpr std::int64_t kWindowBytes = 448 * 1024;
+
+const DownsampleKernels* kernels_of(DType multiplied, DType in, DType out) {
+#ifdef MAMBAOUT_X86
+  const Isa isa = current_isa();
+  if (isa == Isa::kAvx512Bf16) {
+    const DownsampleKernels* kernels = downsample_kernels_avx512_bf16(multiplied, in, out);
+    return kernels != nullptr ? kernels : downsample_kernels_avx512(multiplied, in, out);
+  }
+  if (isa == Isa::kAvx512) return downsample_kernels_avx512(multiplied, in, out);
+  if (isa == Isa::kAvx2) return downsample_kernels_avx2(multiplied, in, out);
+#endif
+  return downsample_kernels_portable(multiplied, in, out);
+}
+const DownsampleKernels* kernels_of(const DownsampleShape& shape) {
+  return kernels_of(shape.multiplied, DType::kFloat32, DType::kFloat32);
+}
+
+DownsamplePack lay_out(const DownsampleShape& shape, const DownsampleKernels& kernels) {
+  DownsamplePack at;
+  at.columns = 2 * kernels.lanes;
+  at.channels = kernels.element_bytes == 2 ? ceil_div(shape.in_channels, 2) * 2 : shape.in_channels;
+  at.out = ceil_div(shape.out_channels, at.columns) * at.columns;
+  at.panel = 9 * at.channels * at.columns * kernels.element_bytes;
+  at.panels = 0;
+  at.bias = at.panels + at.out / at.columns * at.panel;
+  at.norm_weight = at.bias + at.out * 4;
+  at.norm_bias = at.norm_weight + at.out * 4;
+  at.total = at.norm_bias + at.out * 4;
+  return at;
+}
+
+// Rows of the output in one task.
+std::int64_t rows_of_task(const DownsampleCall& call, const DownsamplePack& at, int element_bytes, int num_threads) {
+  const std::int64_t height = call.out_height(), row_bytes = (call.W + 2) * at.channels * element_bytes;
+  std::int64_t rows = std::max<std::int64_t>(1, kTaskPixels / std::max<std::int64_t>(1, call.out_width()));
+  rows = std::min(rows, std::max<std::int64_t>(1, (kWindowBytes / row_bytes - 1) / 2));
+  // No more of them than leave each thread something to do.
+  const std::int64_t share = ceil_div(call.N * height, num_threads);
+  return std::max<std::int64_t>(1, std::min({rows, height, share}));
+}
+
+}  // namespace
+
+DownsampleWindow downsample_window(const DownsampleCall& call, const DownsamplePack& at, int element_bytes,
+                                   std::int64_t rows) {
+  DownsampleWindow w;
+  // The last output of an odd row reads one pixel beyond the right one of zeros.
+  w.row = (call.W + 3) * at.channels;
+  w.x = 0;
+  w.sums = w.x + align_up((2 * rows + 1) * w.row * element_bytes);
+  w.tile = w.sums + align_up(rows * call.out_width() * at.out * 4);
+  w.total = w.tile + align_up(kMaxTileRows * at.columns * 4);
+  w.patches = 0;
+  if (at.channels <= kFewChannels) {
+    w.patches = w.total;
+    w.total += align_up(rows * call.out_width() * 9 * at.channels * element_bytes);
+  }
+  return w;
+}
+
+bool downsample_supports(DType multiplied) {
+  return kernels_of(multiplied, DType::kFloat32, DType::kFloat32) != nullptr;
+}
+std::int64_t downsample_pack_bytes(const DownsampleShape& shape) { return lay_out(shape, *kernels_of(shape)).total; }
+int downsample_pack_id(const DownsampleShape& shape) { return kernels_of(shape)->id; }
+
+void pack_downsample(const DownsampleShape& shape, const DownsampleParameters& parameters, void* packed) {
+  const DownsampleKernels& kernels = *kernels_of(shape);
+  const DownsamplePack at = lay_out(shape, kernels);
+  char* to = static_cast<char*>(packed);
+  std::memset(to, 0, at.total);
+  for (std::int64_t j = 0; j < at.out; j += at.columns) {
+    pack_panel(to + at.panels + j / at.columns * at.panel, kernels.element_bytes, at.columns, shape.out_channels - j,
+               9 * at.channels, [&](std::int64_t column, std::int64_t k) {
+                 const std::int64_t tap = k / at.channels, c = k % at.channels;
+                 return c < shape.in_channels ? parameters.weight[((j + column) * shape.in_channels + c) * 9 + tap] : 0;
+               });
+  }
+  const auto vector = [&](std::int64_t offset, const float* from, float missing) {
+    auto* values = reinterpret_cast<float*>(to + offset);
+    for (std::int64_t i = 0; i < shape.out_channels; ++i) values[i] = from == nullptr ? missing : from[i];
+  };
+  vector(at.bias, parameters.bias, 0.0f);
+  vector(at.norm_weight, parameters.norm_weight, 1.0f);
+  vector(at.norm_bias, parameters.norm_bias, 0.0f);
+}
+
+std::int64_t downsample_workspace_bytes(const DownsampleCall& call, int num_threads) {
+  if (call.N * call.H * call.W == 0) return kLine;
+  const DownsampleKernels& kernels = *kernels_of(call.shape);
+  const DownsamplePack at = lay_out(call.shape, kernels);
+  const std::int64_t rows = rows_of_task(call, at, kernels.element_bytes, num_threads);
+  return num_threads * downsample_window(call, at, kernels.element_bytes, rows).total + kLine;
+}
+
+void downsample_forward(const DownsampleCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
+  if (call.N * call.H * call.W == 0) return;
+  const DownsampleKernels& kernels = *kernels_of(call.shape.multiplied, call.in_dtype, call.out_dtype);
+  const DownsamplePack at = lay_out(call.shape, kernels);
+  const std::int64_t height = call.out_height(), rows = rows_of_task(call, at, kernels.element_bytes, num_threads);
+  const std::int64_t bytes = downsample_window(call, at, kernels.element_bytes, rows).total;
+  const std::int64_t strips = ceil_div(height, rows);
+  char* base = align_up(workspace);
+  run_tasks(call.N * strips, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
+    const std::int64_t strip = task % strips;
+    kernels.run({&call, &at, task / strips, part_begin(height, strips, strip), part_begin(height, strips, strip + 1),
+                 base + slot * bytes});
+  });
+}
+
+}  // namespace mambaout_kernels::cpu

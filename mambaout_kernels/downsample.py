@@ -1,0 +1,112 @@
+"""What stands between the stages as one op, for inference on the CPU.
+
+    out = act(layer_norm(conv3x3(x))),   stride 2, zero padding of 1, channels last
+
+PyTorch's convolution orders its weights anew at every call, which for one image takes longer than the convolution.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .backends import cpu
+from .norm_linear import hooked
+from .packs import Pack, packed
+from .reference import ACTIVATIONS
+
+_library = torch.library.Library("mambaout_kernels", "FRAGMENT")
+_library.define(
+    "downsample(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, bool normed, float eps, "
+    "str act, ScalarType dtype, bool multiply_bf16, int pack) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check(x: Tensor, weight: Tensor, act: str) -> None:
+    if x.ndim != 4 or x.shape[3] != weight.shape[1]:
+        raise ValueError(f"x must be (N, H, W, {weight.shape[1]}), as weight's inputs; got {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"x must be float32 or bfloat16; got {x.dtype}")
+    if weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight must be (out_channels, in_channels, 3, 3); got {tuple(weight.shape)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
+
+
+def _impl(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    normed: bool,
+    eps: float,
+    act: str,
+    dtype: torch.dtype,
+    multiply_bf16: bool,
+    pack: int,
+) -> Tensor:
+    _check(x, weight, act)
+    parameters = packed(pack, (weight, bias, norm_weight, norm_bias), multiply_bf16, cpu.pack_downsample)
+    return cpu.downsample(x, parameters, normed, eps, act, dtype == torch.bfloat16)
+
+
+def _fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    act, dtype = arguments[5], arguments[6]
+    _check(x, weight, act)
+    return x.new_empty((x.shape[0], (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, weight.shape[0]), dtype=dtype)
+
+
+_library.impl("downsample", _impl, "CPU")
+torch.library.register_fake("mambaout_kernels::downsample", _fake, lib=_library)
+_op = torch.ops.mambaout_kernels.downsample.default
+
+
+def applies(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, act_name: str | None, x: Tensor) -> bool:
+    """Whether `run` computes what calling the modules one after the other would, on x (N, H, W, C).
+
+    It does on the compiled CPU kernels, when no gradient is wanted, for plain modules without hooks, in float32 or
+    bfloat16, or with float32 parameters under bfloat16 autocast. act_name: what act computes, "identity" for None.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.ndim != 4 or backends.preferred("cpu") != "cpu":
+        return False
+    if type(conv) is not nn.Conv2d or hooked(conv) or act_name is None or (act is not None and hooked(act)):
+        return False
+    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((3, 3), (2, 2), (1, 1), (1, 1)):
+        return False
+    if conv.groups != 1 or conv.padding_mode != "zeros" or x.shape[3] != conv.in_channels:
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    stored = x.dtype
+    if torch.is_autocast_enabled("cpu"):
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return False
+        stored = torch.float32
+    parameters = [conv.weight]
+    if norm is not None:
+        if type(norm) is not nn.LayerNorm or hooked(norm) or norm.normalized_shape != (conv.out_channels,):
+            return False
+        if norm.weight is not None:
+            parameters.append(norm.weight)
+    return all(p.dtype == stored and p.device == x.device for p in parameters)
+
+
+def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack) -> Tensor:
+    """act(norm(conv(x))), (N, H, W, C) to (N, H/2, W/2, out_channels), halves rounded up. See `applies`."""
+    low_precision = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return _op(
+        x,
+        conv.weight,
+        conv.bias,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        norm is not None,
+        0.0 if norm is None else norm.eps,
+        act_name,
+        torch.bfloat16 if low_precision else torch.float32,
+        low_precision and cpu.multiplies_bf16(),
+        pack.number,
+    )

@@ -1,0 +1,53 @@
+"""Parameters in the order in which the CPU kernels read them, kept from call to call.
+
+They are packed at the first call, and again when they have changed: replaced, written in place (PyTorch counts that),
+or written where PyTorch does not count (through `.data` or NumPy), as far as samples of them, one for every 8 KiB and
+64 of each parameter at least, show it.
+"""
+
+import secrets
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .backends import cpu
+
+# What packed parameters were made from, and themselves, by the number of their Pack.
+_packs: dict[int, tuple[Any, Tensor]] = {}
+
+
+class Pack:
+    """Where a module's packed parameters are kept while the module lives. A copy of it has one of its own."""
+
+    def __init__(self) -> None:
+        self.number = secrets.randbits(62)  # unique in any process that an exported program comes to
+        weakref.finalize(self, _packs.pop, self.number, None)
+
+    def __deepcopy__(self, memo: Any) -> "Pack":
+        return Pack()
+
+    def __reduce__(self) -> tuple[type["Pack"], tuple[()]]:
+        return Pack, ()
+
+
+def packed(
+    number: int,
+    parameters: Sequence[Tensor | None],
+    bf16: bool,
+    make: Callable[[list[Tensor | None], bool], Tensor],
+) -> Tensor:
+    """What `make` makes of the parameters in float32, contiguous; `bf16`: to be multiplied in bfloat16."""
+    memory = [
+        (t.data_ptr(), t.numel() * t.element_size() if t.is_contiguous() else 0, 0 if t.is_inference() else t._version)
+        for t in parameters
+        if t is not None
+    ]
+    key = (bf16, cpu.instruction_set(), [t is None for t in parameters], memory, cpu.fingerprint(memory))
+    found = _packs.get(number)
+    if found is not None and found[0] == key and all(count for _, count, _ in memory):
+        return found[1]
+    made = make([None if t is None else t.detach().float().contiguous() for t in parameters], bf16)
+    _packs[number] = (key, made)
+    return made
