@@ -23,7 +23,7 @@ BLOCKS = {
     "hidden 341": (128, 9, 8, 1, {}),
     "wider than a column": (16, 5, 330, 1, {}),
     "narrower than the filter": (24, 2, 3, 3, {}),
-    "one pixel": (8, 1, 1, 1, {}),
+    "one pixel": (72, 1, 1, 1, {}),
     "no conv channels": (20, 6, 5, 1, {"conv_ratio": 0.0}),
     "all channels convolved": (20, 6, 5, 1, {"conv_ratio": 8 / 3}),
     "filter of 3": (32, 8, 9, 1, {"kernel_size": 3}),
