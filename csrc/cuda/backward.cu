@@ -91,7 +91,7 @@ LaunchPlan backward_plan_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvShape& shape
     using Traits = decltype(traits);
     const Tiling t = tiling_of<Traits>(shape);
     const int row_bytes = 3 * t.chunks * Traits::row_elements(t) * static_cast<int>(sizeof(T));
-    plan = {t.blocks(), Traits::threads(t), Traits::shared_bytes(t), Traits::kAhead * row_bytes};
+    plan = {t, Traits::kStrip, Traits::threads(t), Traits::shared_bytes(t), Traits::kAhead * row_bytes};
   });
   return plan;
 }

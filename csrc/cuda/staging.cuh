@@ -16,9 +16,9 @@ struct BlockPlace {
     w0 = (block % t.w_tiles) * tile_w;
     block /= t.w_tiles;
     h0 = (block % t.segments) * t.segment_rows;
-    h1 = min(h0 + t.segment_rows, H);
+    h1 = h0 + min(t.segment_rows, H - h0);
     n0 = (block / t.segments) * t.images_per_block;
-    n1 = min(n0 + t.images_per_block, N);
+    n1 = n0 + min(t.images_per_block, N - n0);
   }
 };
 

@@ -6,6 +6,7 @@ Nothing is run: the module's machine code is disassembled by cuobjdump, of a CUD
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ class NativeKernel:
     strip: int  # pixels of a thread, in a row
     registers: int
     stack_bytes: int
+    code: Sequence[sass.Instruction]
     instructions: Counter[str]
     multiply_adds: int  # outside of the activations; a pair counts twice
 
@@ -128,18 +130,20 @@ def _cuobjdump(*arguments: str) -> str:
 def _kernel(name: str, target: str, text: str, registers: int, stack: int) -> NativeKernel | None:
     blocks = _straight_lines(text)
     instructions = Counter(opcode for block in blocks for opcode in block)
+    code = sass.parse(text)
     own, other = _OWN_FILTER.search(name), _OTHER.search(name)
     if own is not None:
         direction, element, size, aligned, lanes, strip = own.groups()
         multiply_adds = _multiply_adds(blocks, direction == "fwd")
         return NativeKernel(
             "forward" if direction == "fwd" else "backward", target, _ELEMENTS[element], int(size), aligned == "1",
-            int(lanes or 1), int(strip), registers, stack, instructions, multiply_adds,
+            int(lanes or 1), int(strip), registers, stack, code, instructions,
+            multiply_adds,
         )  # fmt: skip
     if other is not None:
         title = other[1].replace("_", " ")
         return NativeKernel(
-            title, target, _ELEMENTS[other[2]], None, None, 1, 1, registers, stack, instructions, 0
+            title, target, _ELEMENTS[other[2]], None, None, 1, 1, registers, stack, code, instructions, 0
         )  # fmt: skip
     return None
 

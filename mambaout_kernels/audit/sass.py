@@ -29,10 +29,8 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Width of a memory access by one thread."""
-        for suffix, width in ((".128", 16), (".64", 8), ("16", 2), ("8", 1)):
-            if self.opcode.endswith(suffix):
-                return width
-        return 4
+        widths = {"128": 16, "64": 8, "16": 2, "U16": 2, "S16": 2, "8": 1, "U8": 1, "S8": 1}
+        return next((widths[part] for part in self.opcode.split(".") if part in widths), 4)
 
 
 def cuobjdump() -> str:
