@@ -95,7 +95,10 @@ def main_loop(code: Sequence[Instruction]) -> Loop:
 
 
 class Trip:
-    """One trip through a loop, without the loops inside it and without blocks that `skip` names."""
+    """One trip through a loop, without the loops inside it and without blocks that `skip` names.
+
+    Blocks that only move registers are on the longest way only where there is no way round them.
+    """
 
     def __init__(self, code: Sequence[Instruction], loop: Loop, skip: Callable[[Block], bool]) -> None:
         nested = [inner for inner in loops(code) if inner != loop and inner.first > loop.first and inner.last in loop]
@@ -108,24 +111,24 @@ class Trip:
         }
 
     def longest(self) -> list[Block]:
-        return self._path(max)
+        return self._path(max, lambda block: 0 if block.only_moves else len(block.code))
 
     def shortest(self) -> list[Block]:
-        return self._path(min)
+        return self._path(min, lambda block: len(block.code))
 
-    def _path(self, choose: Callable[..., int]) -> list[Block]:
+    def _path(self, choose: Callable[..., tuple[int, int]], weight: Callable[[Block], int]) -> list[Block]:
         @functools.cache
         def best(address: int) -> tuple[int, int] | None:
             """(instructions to the end of the trip, where to next); next is 0 at the end."""
             block = self._blocks[address]
             if any(line.address == self._latch for line in block.code):
-                return len(block.code), 0
+                return weight(block), 0
             ahead = [a for a in block.successors if a > address and a in self._blocks]
             found = [(length[0], a) for a in ahead if (length := best(a)) is not None]
             if not found:
                 return None
             length, following = choose(found)
-            return length + len(block.code), following
+            return length + weight(block), following
 
         path, at = [], self._first
         while at:

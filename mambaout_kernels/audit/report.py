@@ -119,7 +119,7 @@ def _line(e: Entry) -> tuple[str, ...]:
     others = sum(found.loads.values()) + sum(found.stores.values()) - found.loads[16] - found.stores[16]
     return (
         kernel.target,
-        kernel.name,
+        f"{kernel.backend} {kernel.name}",
         kernel.dtype,
         f"{kernel.block_h}x{kernel.block_w}x{kernel.block_d}",
         str(kernel.threads // warp),
@@ -143,7 +143,7 @@ def stage_lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     return [
         (
             device(e.row.kernel.target).name,
-            e.row.kernel.name,
+            f"{e.row.kernel.backend} {e.row.kernel.name}",
             e.row.kernel.dtype,
             s.label,
             f"{s.bytes_per_pixel:.0f}",
