@@ -16,6 +16,7 @@ Tiling tiling_of(const GatedDwconvShape& shape, const Device& device) {
   request.strip = Traits::kStrip;
   request.max_groups = Traits::kMaxGroups;
   request.packets_per_block = (P::kChannels == 1 ? 8 : 4) * Traits::kMaxThreads;
+  request.multiprocessors = device.multiprocessors;
   request.wanted_blocks = Traits::kMinBlocks * device.multiprocessors;
   request.waves = 4;
   request.most_rows = 28;

@@ -10,7 +10,7 @@ from .cuda import NativeKernel
 from .devices import Device, device, devices
 from .record import CompiledKernel
 from .report import Entry, Stage
-from .roofline import Shape, floor_elements
+from .roofline import Shape
 from .table import LEAST_BYTES_IN_FLIGHT, LEAST_SHARE, MOST_BYTES, Row
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,7 +47,7 @@ def entries(
         for size in kernel_sizes:
             for dtype in dtypes:
                 for backward in (False, True):
-                    found.append(_entry(read[source], device(wanted), size, dtype, backward, variant, batch))
+                    found.append(entry(read[source], device(wanted), size, dtype, backward, variant, batch))
     return found
 
 
@@ -56,10 +56,8 @@ def launched(
 ) -> NativeKernel:
     """The kernel that a launch with this filter takes on a device."""
     lanes = 2 if aligned and not backward and int(on.target[3:-1]) == PACKED_MULTIPLY_ADDS else 1
-    name = "backward" if backward else "forward"
-    return next(
-        k for k in kernels if (k.name, k.dtype, k.kernel_size, k.aligned, k.lanes) == (name, dtype, size, aligned, lanes)
-    )  # fmt: skip
+    wanted = ("backward" if backward else "forward", dtype, size, aligned, lanes)
+    return next(k for k in kernels if (k.name, k.dtype, k.kernel_size, k.aligned, k.lanes) == wanted)
 
 
 def is_aligned(shape: Shape, element_bytes: int) -> bool:
@@ -75,19 +73,28 @@ def plan_of(shape: Shape, size: int, element_bytes: int, on: Device, backward: b
     return plans["backward" if backward else "forward"]
 
 
-def _entry(
-    kernels: Sequence[NativeKernel], on: Device, size: int, dtype: str, backward: bool, variant: str, batch: int
+def entry(
+    kernels: Sequence[NativeKernel],
+    on: Device,
+    size: int,
+    dtype: str,
+    backward: bool,
+    variant: str = "mambaout_tiny",
+    batch: int = 128,
 ) -> Entry:
+    """One direction of one filter and dtype on a device, out of the kernels that it can run."""
     element_bytes = 4 if dtype == "float32" else 2
     stages, broken, flights, launches = [], [], [], []
+    works: dict[str, cuda_predict.Work] = {}
     for listed in shapes.stages(variant):
         shape = Shape(batch, listed.height, listed.width, listed.hidden, listed.conv_channels)
         aligned = is_aligned(shape, element_bytes)
         kernel = launched(kernels, on, size, dtype, backward, aligned)
         plan = plan_of(shape, size, element_bytes, on, backward)
-        work = cuda_predict.work(kernel.code, backward)
+        if kernel.label not in works:
+            works[kernel.label] = cuda_predict.work(kernel.code, backward)
         executed = cuda_predict.total(
-            work, plan, shape, size, 16 // element_bytes if aligned else 1, kernel.lanes
+            works[kernel.label], plan, shape, size, 16 // element_bytes if aligned else 1, kernel.lanes
         )
         prediction = cuda_predict.predict(executed, plan, shape, size, on, element_bytes, backward)
         elements = (5 if backward else 3) * shape.D * element_bytes

@@ -191,7 +191,9 @@ def predict(executed: Counter[str], plan: Plan, shape: Shape, K: int, device: De
     microseconds = {name: n * most / device.multiprocessors / device.ghz * 1e-3 for name, n in cycles.items()}
     floor = (5 if backward else 3) * shape.D * element_bytes * shape.pixels
     extra = extra_bytes(plan, shape, K, backward)
-    return Prediction({"DRAM": (floor + extra) / device.dram_tb_s / 1e6, **microseconds}, floor / device.dram_tb_s / 1e6)
+    return Prediction(
+        {"DRAM": (floor + extra) / device.dram_tb_s / 1e6, **microseconds}, floor / device.dram_tb_s / 1e6
+    )
 
 
 def pipes(executed: Counter[str], device: Device) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Control flow of machine code: what one trip through a kernel's main loop executes, at most and at least."""
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ def blocks(code: Sequence[Instruction]) -> dict[int, Block]:
     """By address, in order. An indirect jump may go to the blocks behind it, up to the next such jump, that no other
     instruction leads to."""
     leaders = {code[0].address}
-    for line, following in zip(code, code[1:], strict=False):
-        if line.name in _INDIRECT or line.name in ("BRA", "EXIT", "RET"):
-            leaders.add(following.address)
+    for before, after in itertools.pairwise(code):
+        if before.name in _INDIRECT or before.name in ("BRA", "EXIT", "RET"):
+            leaders.add(after.address)
     leaders |= {t for line in code if (t := _target(line)) is not None}
     parts: list[list[Instruction]] = []
     for line in code:
@@ -48,7 +49,7 @@ def blocks(code: Sequence[Instruction]) -> dict[int, Block]:
         parts[-1].append(line)
     named = {t for line in code if (t := _target(line)) is not None}
     reached = {parts[0][0].address} | named
-    reached |= {b[0].address for a, b in zip(parts, parts[1:], strict=False) if _falls_through(a[-1])}
+    reached |= {b[0].address for a, b in itertools.pairwise(parts) if _falls_through(a[-1])}
     orphans = [part[0].address for part in parts if part[0].address not in reached]
     switches = [line.address for line in code if line.name in _INDIRECT] + [code[-1].address + 1]
     found = {}
@@ -124,7 +125,7 @@ class Trip:
             if any(line.address == self._latch for line in block.code):
                 return weight(block), 0
             ahead = [a for a in block.successors if a > address and a in self._blocks]
-            found = [(length[0], a) for a in ahead if (length := best(a)) is not None]
+            found = [(rest[0], a) for a in ahead if (rest := best(a)) is not None]
             if not found:
                 return None
             length, following = choose(found)
