@@ -65,7 +65,7 @@ def test_gates_of_the_family(compiled):
                 below = [f for f in entry.failures if "of the DRAM roofline" in f]
                 assert [f for f in entry.failures if f not in below] == []
                 assert bool(below) == (not backward and (device.target, dtype) in BELOW), (device.name, dtype, below)
-                if not backward:
+                if device.target == "sm_90" or not backward:
                     assert entry.row.bytes_in_flight >= 40_000
 
 
@@ -90,16 +90,17 @@ def test_what_is_executed_is_what_the_op_takes(compiled):
 
 @needs_module
 def test_every_instruction_is_counted():
-    """One image of one tile: what is executed per output, from the sum over the launch."""
+    """One tile of one image to a block: how often each part is executed."""
     work = cuda_predict.Work(*(Counter({name: 1}) for name in ("step", "row", "conv", "gate", "packet", "halo",
                                                                "image", "launch", "parameter")))  # fmt: skip
-    shape = Shape(N=1, H=7, W=7, D=64, C=32)
+    shape = Shape(N=400, H=7, W=7, D=64, C=32)
     plan = cuda_entries.plan_of(shape, 7, 2, devices()[2], backward=False)
-    assert (plan["blocks"], plan["strips"], plan["chunks"], plan["segments"], plan["threads"]) == (1, 1, 1, 1, 32)
+    assert (plan["blocks"], plan["strips"], plan["chunks"], plan["segments"], plan["threads"]) == (400, 1, 1, 1, 32)
     found = cuda_predict.total(work, plan, shape, 7, channels_per_packet=8, lanes=1)
     # 7 pixels of 4 packets are 28: one warp
-    assert found == {"step": 10, "row": 7, "conv": 7, "gate": 7, "packet": 7, "halo": 7 * 7, "image": 1, "launch": 1,
-                     "parameter": 49}  # fmt: skip
+    of_one = {"step": 10, "row": 7, "conv": 7, "gate": 7, "packet": 7, "halo": 7 * 7, "image": 1, "launch": 1,
+              "parameter": 49}  # fmt: skip
+    assert found == {name: 400 * times for name, times in of_one.items()}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def compile_kernels(folder, right="", wrong=""):
 @needs_nvcc
 @needs_cuobjdump
 def test_the_gates_see_spills(tmp_path):
-    kernel = compile_kernels(tmp_path, "kLanes == 1 ? 3 : 2", "kLanes == 1 ? 5 : 2")["forward K=7 bfloat16 aligned"]
+    kernel = compile_kernels(tmp_path, "kLanes == 1 ? 3 : 4", "kLanes == 1 ? 5 : 4")["forward K=7 bfloat16 aligned"]
     assert kernel.spills > 0
     assert any("spills" in failure for failure in kernel.failures())
 
@@ -198,26 +199,42 @@ def test_the_gates_see_narrow_accesses_and_lost_multiply_adds(tmp_path):
     kernel = compile_kernels(tmp_path)["forward K=7 bfloat16 unaligned"]
     seen = {**vars(kernel), "aligned": True, "multiply_adds": kernel.multiply_adds * 2}
     failures = " ".join(audit.NativeKernel(**seen).failures())
-    for expected in ("copies narrower", "no 16-byte loads", "are stored less than", "multiply-adds per output"):
+    for expected in ("copies narrower", "are loaded less than", "are stored less than", "multiply-adds per output"):
         assert expected in failures
+
+
+def configure(folder, path=None, cuda="ON", **environment):
+    """What CMake says, run with this PATH."""
+    pybind11 = pytest.importorskip("pybind11")
+    path = os.pathsep.join([os.path.dirname(sys.executable), path or os.environ["PATH"]])
+    if shutil.which("cmake", path=path) is None or shutil.which("ninja", path=path) is None:
+        pytest.skip("no cmake or no ninja")
+    command = [
+        "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DMAMBAOUT_CUDA={cuda}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]  # fmt: skip
+    return subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
 
 
 def architectures(folder, wanted):
     """What CMake tells nvcc to build for under this TORCH_CUDA_ARCH_LIST."""
-    pybind11 = pytest.importorskip("pybind11")
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": wanted}
-    path = environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
-    command = [
-        "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DMAMBAOUT_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    if shutil.which("cmake", path=path) is None or shutil.which("ninja", path=path) is None:
-        pytest.skip("no cmake or no ninja")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = configure(folder, TORCH_CUDA_ARCH_LIST=wanted)
     if done.returncode != 0:
         return " ".join(done.stderr.split())
     found = re.findall(r"code=\[([^\]]+)\]", (folder / "build.ninja").read_text())
     return sorted({code for codes in found for code in codes.split(",")})
+
+
+def test_without_nvcc_the_module_is_left_out(tmp_path):
+    path = os.pathsep.join(p for p in ("/usr/bin", "/bin") if os.path.isdir(p))
+    if shutil.which("nvcc", path=path) or "CUDACXX" in os.environ or shutil.which("c++", path=path) is None:
+        pytest.skip("nvcc is among the system's programs, or no compiler is")
+    done = configure(tmp_path / "auto", path, cuda="AUTO")
+    assert done.returncode == 0, done.stderr
+    targets = (tmp_path / "auto" / "build.ninja").read_text()
+    assert "build _C." in targets
+    assert "_C_cuda" not in targets
+    assert "MAMBAOUT_CUDA=ON, but no CUDA compiler was found" in configure(tmp_path / "on", path).stderr
 
 
 @needs_nvcc

@@ -83,6 +83,7 @@ LAYOUTS = {
     "not aligned": {"offset": (2, 2)},
     "dy alone not aligned": {"offset": (0, 2)},
     "dy alone spaced": {"spare": (0, 8)},
+    "weights not aligned": {"weight_offset": 1},
 }
 
 
@@ -198,7 +199,7 @@ def test_memory_and_races(kind, shape, dtype):
     schedule = Schedule(order=2, late_copies=kind == "memory")
     check(program, shape, dtype, schedule=schedule, device=FEW)
     check(program, shape, dtype, schedule=schedule, device=Device(148, 10))
-    check(program, shape, dtype, schedule=schedule, spare=(2, 1))
+    check(program, shape, dtype, schedule=schedule, spare=(2, 1), weight_offset=1)
 
 
 def planted(tmp_path, file, right, wrong):

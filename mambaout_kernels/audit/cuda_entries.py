@@ -1,6 +1,5 @@
 """The CUDA C++ kernels as rows of the audit's tables, beside Triton's."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,14 +108,13 @@ def entry(
             broken.append(f"{listed.label}: {moved:.0f} bytes moved per pixel for {elements}")
         launches.append((kernel, plan))
     kernel, plan = launches[0]
-    if on.target == "sm_90" and not backward and min(flights) < LEAST_BYTES_IN_FLIGHT:
+    if on.target == "sm_90" and min(flights) < LEAST_BYTES_IN_FLIGHT:
         broken.append(f"bytes in flight: {min(flights) / 1024:.0f} KiB of {LEAST_BYTES_IN_FLIGHT // 1024}")
     return Entry(_row(kernel, on, plan, min(flights)), kernel.failures() + broken, stages)
 
 
 def _row(kernel: NativeKernel, on: Device, plan: cuda_predict.Plan, bytes_in_flight: int) -> Row:
     loop = flow.main_loop(kernel.code)
-    main = [line for line in kernel.code if line.address in loop]
     record = CompiledKernel(
         backend="cuda",
         name=kernel.name,
@@ -134,10 +132,10 @@ def _row(kernel: NativeKernel, on: Device, plan: cuda_predict.Plan, bytes_in_fli
         record,
         kernel.registers,
         kernel.stack_bytes + kernel.spills,
-        Counter(line.bytes for line in main if line.name == "LDG" or line.name == "LDGSTS"),
-        Counter(line.bytes for line in main if line.name == "STG"),
+        kernel.main_loop_widths("LDG") + kernel.main_loop_widths("LDGSTS"),
+        kernel.main_loop_widths("STG"),
         kernel.multiply_adds_per_output,
-        sum(line.name == "BAR" for line in main),
+        sum(line.name == "BAR" and line.address in loop for line in kernel.code),
         on.resident_blocks(kernel.registers, plan["threads"], plan["shared_bytes"]),
         bytes_in_flight,
     )

@@ -150,21 +150,23 @@ def run(
     backward: bool = True,
     images_before: int = 0,
     last_blocks: int = 0,
+    weight_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, du, dweight, dbias); all but y are NaN without backward.
 
-    spare, offset: elements between the pixels of u and of dy, and before their first. images_before: images of zeros
-    that go before the inputs. last_blocks: only these of every launch are run; 0: all.
+    spare: elements between the pixels of u and of dy. offset, weight_offset: elements from an address that is a
+    multiple of 16 bytes to the first. images_before: images of zeros that go before the inputs. last_blocks: only
+    these of every launch are run; 0: all.
     """
     u, weight, bias = inputs
     N, H, W, D = inputs.dy.shape
     C, K = weight.shape[0], weight.shape[2]
     u_pitch, dy_pitch = 2 * D + spare[0], D + spare[1]
     call = struct.pack(
-        "22q", N + images_before, H, W, D, C, K, ACTIVATIONS.index(act),
+        "23q", N + images_before, H, W, D, C, K, ACTIVATIONS.index(act),
         DTYPES[u.dtype], DTYPES[weight.dtype], DTYPES[bias.dtype],
         u_pitch, dy_pitch, *offset, *astuple(device), *astuple(schedule), backward,
-        images_before, last_blocks,
+        images_before, last_blocks, weight_offset,
     )  # fmt: skip
     stream = call + _spread(u, u_pitch) + _spread(inputs.dy, dy_pitch) + _bytes(weight) + _bytes(bias)
     CALLS[_checks[program]] += 1

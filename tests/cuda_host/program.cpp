@@ -27,6 +27,7 @@ struct Call {
   std::int64_t backward;                   // whether to run it too
   std::int64_t images_before;              // of N: zeros, neither read nor written here
   std::int64_t last_blocks;                // cuda_host::Behaviour
+  std::int64_t weight_offset;              // elements from an address that is a multiple of 16 bytes
 };
 
 std::int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -87,7 +88,8 @@ int main() {
   const std::int64_t before = call.images_before * shape.H * shape.W * element;
   const Memory u(tensor_bytes(call.u_pitch, 2 * shape.D), call.u_offset * element, before * call.u_pitch);
   const Memory dy(tensor_bytes(call.dy_pitch, shape.D), call.dy_offset * element, before * call.dy_pitch);
-  const Memory weight(shape.C * shape.K * shape.K * bytes_of(shape.weight_dtype), 0);
+  const std::int64_t weight_element = bytes_of(shape.weight_dtype);
+  const Memory weight(shape.C * shape.K * shape.K * weight_element, call.weight_offset * weight_element);
   const Memory bias(shape.C * bytes_of(shape.bias_dtype), 0);
   for (const Memory* input : {&u, &dy, &weight, &bias}) input->read();
   const auto view = [&](const Memory& memory, std::int64_t pitch) {
