@@ -7,7 +7,7 @@ from typing import Any
 from ..benchmarking import shapes
 from .devices import device
 from .record import CompiledKernel
-from .roofline import Prediction, Shape, floor_elements, l2_elements, partial_bytes, predict
+from .roofline import Prediction, Shape, channel_programs, floor_elements, l2_elements, partial_bytes, predict
 from .table import LEAST_SHARE, Row, failures, row
 
 
@@ -68,8 +68,8 @@ def _family(variant: str, batch: int) -> Iterator[tuple[str, Shape]]:
 
 def _stage(kernel: CompiledKernel, found: Row, label: str, shape: Shape, programs: int) -> Stage:
     if kernel.name == "weight_gradient":  # its loops run over the maps
-        shares = max(1, programs // -(-shape.C // kernel.block_d))
-        items = shape.N * -(-shape.W // kernel.block_w)
+        shares = max(1, programs // channel_programs(kernel, shape))
+        items = -(-shape.N * shape.W // kernel.block_w)
         found = row(kernel, shape.H, max(1.0, items / shares))
     elements = floor_elements(kernel.name, shape) * kernel.element_bytes
     return Stage(

@@ -7,7 +7,7 @@ from .devices import ALU_LANES, ISSUE_SLOTS, L1_BYTES, L2_BYTES, SPECIAL_LANES, 
 from .record import CompiledKernel
 
 _FMA_PIPE = frozenset(("FFMA", "FMUL", "FADD", "IMAD"))
-_FREE_PIPE = frozenset(("LDG", "STG", "LDS", "STS", "BRA", "EXIT", "BAR", "NOP", "MUFU", "SHFL", "LDC", "S2R", "BSSY"))
+_FREE_PIPE = frozenset(("LDG", "STG", "LDGSTS", "LDGDEPBAR", "DEPBAR", "LDS", "STS", "BRA", "EXIT", "BAR", "NOP", "MUFU", "SHFL", "LDC", "S2R", "BSSY"))
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,42 @@ def floor_elements(name: str, shape: Shape) -> int:
 def blocks(kernel: CompiledKernel, shape: Shape) -> tuple[int, int]:
     """Blocks of threads that convolve, and that do the identity branch. weight_gradient: items, each of one height."""
     along_h = 1 if kernel.name == "weight_gradient" else -(-shape.H // kernel.block_h)
-    tiles = shape.N * along_h * -(-shape.W // kernel.block_w)
+    tiles = along_h * -(-shape.N * shape.W // kernel.block_w)
     identity = shape.D - shape.C if kernel.name in ("forward", "gate_backward") else 0
-    return tiles * -(-shape.C // kernel.block_d), tiles * -(-identity // kernel.block_d)
+    return tiles * -(-shape.C // kernel.block_d) * kernel.parts, tiles * -(-identity // kernel.block_d)
+
+
+def _columns_read(kernel: CompiledKernel, shape: Shape, left: int, right: int) -> float:
+    """Columns that blocks read with so many of a halo, per column of the maps. A block may end in another image."""
+    read = 0
+    for first in range(0, shape.N * shape.W, kernel.block_w):
+        last = min(first + kernel.block_w, shape.N * shape.W) - 1
+        for image in range(first // shape.W, last // shape.W + 1):
+            start, end = max(first - image * shape.W, 0), min(last - image * shape.W, shape.W - 1)
+            read += min(end + right, shape.W - 1) - max(start - left, 0) + 1
+    return read / (shape.N * shape.W)
 
 
 def l2_elements(kernel: CompiledKernel, shape: Shape) -> float:
     """Elements per pixel between multiprocessors and L2: DRAM's, and the halo that neighbours read again."""
     R = kernel.K // 2
-    if kernel.name == "weight_gradient":
-        return shape.C * (1 + min(shape.W, kernel.block_w + 2 * R) / min(shape.W, kernel.block_w))
-    along_h, along_w = -(-shape.H // kernel.block_h), -(-shape.W // kernel.block_w)
-    read_h = sum(min(shape.H, (t + 1) * kernel.block_h + R) - max(0, t * kernel.block_h - R) for t in range(along_h))
-    read_w = sum(min(shape.W, (t + 1) * kernel.block_w + R) - max(0, t * kernel.block_w - R) for t in range(along_w))
-    halo = read_h * read_w / (shape.H * shape.W)
-    return floor_elements(kernel.name, shape) + shape.C * (halo - 1)
+    if kernel.name == "weight_gradient":  # each part of the filter reads e and c
+        return shape.C * kernel.parts * (1 + _columns_read(kernel, shape, R, R))
+    tops = range(0, shape.H, kernel.block_h)
+    rows = sum(min(shape.H, top + kernel.block_h + R) - max(0, top - R) for top in tops) / shape.H
+    return floor_elements(kernel.name, shape) + shape.C * (rows * _columns_read(kernel, shape, R, R) - 1)
+
+
+def channel_programs(kernel: CompiledKernel, shape: Shape) -> int:
+    """Of the weight gradient: programs for the same pixels."""
+    return -(-shape.C // kernel.block_d) * kernel.parts
 
 
 def partial_bytes(kernel: CompiledKernel, shape: Shape, programs: int) -> int:
     """The weight gradient's fp32 partials, written and read back."""
     if kernel.name != "weight_gradient":
         return 0
-    channel_blocks = -(-shape.C // kernel.block_d)
-    return 2 * 4 * max(1, programs // channel_blocks) * (kernel.K**2 + 1) * shape.C
+    return 2 * 4 * max(1, programs // channel_programs(kernel, shape)) * (kernel.K**2 + 1) * shape.C
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def predict(
         + total["FFMA2"] * 2 * WARP / device.fma_lanes,
         "ALU": sum(n for o, n in total.items() if _on_alu(o)) * WARP / ALU_LANES,
         "MUFU": sum(n for o, n in total.items() if o.startswith("MUFU")) * WARP / SPECIAL_LANES,
-        "L1": sum(n * _bytes(o) for o, n in total.items() if o.startswith(("LDG", "STG"))) * WARP / L1_BYTES,
+        "L1": sum(n * _bytes(o) for o, n in total.items() if o.startswith(("LDG.", "STG.", "LDS.", "LDGSTS."))or o in ("LDG","STG","LDS")) * WARP / L1_BYTES,
         "L2": l2_elements(kernel, shape) * kernel.element_bytes * shape.pixels / L2_BYTES,
     }
     microseconds = {name: n / device.multiprocessors / device.ghz / 1e3 for name, n in cycles.items()}

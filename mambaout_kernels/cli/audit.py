@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     with progress(len(todo)) as announce:
         for c in todo:
             announce(f"{c.target} {c.kernel} {c.dtype} {c.K}x{c.K} {c.act}")
-            programs = c.tile.block_h if c.kernel == "weight_gradient" else 1
+            programs = c.tile.programs
             try:
                 entries.append(report.entry(triton.compile_ahead(c), args.variant, args.batch, programs))
             except (RuntimeError, FileNotFoundError) as error:
