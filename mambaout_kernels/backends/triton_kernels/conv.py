@@ -79,7 +79,7 @@ def conv_rows(
             updated = ()
             for t in tl.static_range(BLOCK_H):
                 if r - t >= 0 and r - t < K:
-                    updated = updated + (rows[t] + x * taps[r - t],)
+                    updated = updated + (tl.fma(x, taps[r - t], rows[t]),)
                 else:
                     updated = updated + (rows[t],)
             rows = updated

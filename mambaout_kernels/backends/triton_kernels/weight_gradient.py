@@ -64,7 +64,7 @@ def weight_gradient_partials(
                 for j in tl.static_range(GROUP):
                     for kw in tl.static_range(K):
                         c = c_rows[step * K + kw].to(tl.float32)
-                        updated = updated + (sums[j * K + kw] + window[j] * c,)
+                        updated = updated + (tl.fma(window[j], c, sums[j * K + kw]),)
                 sums = updated
     partials_ptr += tl.program_id(1).to(tl.int64) * (K * K + 1) * C + d
     for j in tl.static_range(GROUP):
