@@ -35,6 +35,9 @@ class Entry:
             "kernel": kernel.name,
             "dtype": kernel.dtype,
             "target": kernel.target,
+            "filter": kernel.K,
+            "activation": kernel.act,
+            "aligned": kernel.aligned,
             "tile": [kernel.block_h, kernel.block_w, kernel.block_d],
             "threads": kernel.threads,
             "registers": found.registers,
@@ -81,12 +84,21 @@ def _stage(kernel: CompiledKernel, found: Row, label: str, shape: Shape, program
     )
 
 
+def aligned(shape: Shape, element_bytes: int) -> bool:
+    """Whether every branch of every pixel begins and ends at a multiple of 16 bytes, in a contiguous u."""
+    return shape.D * element_bytes % 16 == 0 and shape.C * element_bytes % 16 == 0
+
+
 def entry(kernel: CompiledKernel, variant: str = "mambaout_tiny", batch: int = 128, programs: int = 512) -> Entry:
-    """Read one kernel of any backend. `programs`: how many share the weight gradient."""
+    """Read one kernel, for those of the variant's stages that launch it. `programs`: sharing the weight gradient."""
     found = row(kernel)
     stages = []
     if kernel.cubin is not None:
-        stages = [_stage(kernel, found, label, shape, programs) for label, shape in _family(variant, batch)]
+        stages = [
+            _stage(kernel, found, label, shape, programs)
+            for label, shape in _family(variant, batch)
+            if aligned(shape, kernel.element_bytes) == kernel.aligned
+        ]
     broken = failures(found)
     if kernel.name == "forward":
         broken += [
@@ -98,7 +110,7 @@ def entry(kernel: CompiledKernel, variant: str = "mambaout_tiny", batch: int = 1
 
 
 HEADINGS = (
-    "target", "kernel", "dtype", "tile", "warps", "regs", "spills", "shared", "16-byte ld/st", "FMA/output",
+    "target", "kernel", "dtype", "shapes", "tile", "warps", "regs", "spills", "shared", "16-byte ld/st", "FMA/output",
     "barriers", "occupancy", "KiB in flight", "gates",
 )  # fmt: skip
 
@@ -121,6 +133,7 @@ def _line(e: Entry) -> tuple[str, ...]:
         kernel.target,
         f"{kernel.backend} {kernel.name}",
         kernel.dtype,
+        "aligned" if kernel.aligned else "others",
         f"{kernel.block_h}x{kernel.block_w}x{kernel.block_d}",
         str(kernel.threads // warp),
         str(found.registers),
@@ -155,3 +168,11 @@ def stage_lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
         for e in entries
         for s in e.stages
     ]
+
+
+def markdown(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table for a note; empty without cells."""
+    if not cells:
+        return ""
+    rows = [headings, ["---"] * len(headings), *cells]
+    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

@@ -7,7 +7,9 @@ from .devices import ALU_LANES, ISSUE_SLOTS, L1_BYTES, L2_BYTES, SPECIAL_LANES, 
 from .record import CompiledKernel
 
 _FMA_PIPE = frozenset(("FFMA", "FMUL", "FADD", "IMAD"))
-_FREE_PIPE = frozenset(("LDG", "STG", "LDGSTS", "LDGDEPBAR", "DEPBAR", "LDS", "STS", "BRA", "EXIT", "BAR", "NOP", "MUFU", "SHFL", "LDC", "S2R", "BSSY"))
+_PACKED = frozenset(("FFMA2", "FMUL2", "FADD2"))  # two at once, at half the rate
+_MEMORY = frozenset(("LDG", "STG", "LDS", "STS", "LDGSTS"))
+_FREE_PIPE = _MEMORY | {"LDGDEPBAR", "DEPBAR", "BRA", "EXIT", "BAR", "NOP", "MUFU", "SHFL", "LDC", "S2R", "BSSY"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,20 @@ class Prediction:
         return self.floor / self.microseconds
 
 
+def pipes(total: Counter[str], device: Device) -> dict[str, float]:
+    """Cycles that the device's multiprocessors together need for these instructions of warps, by what they occupy."""
+
+    def of(names: frozenset[str]) -> float:
+        return sum(n for opcode, n in total.items() if opcode.partition(".")[0] in names)
+
+    return {
+        "issue": sum(total.values()) / ISSUE_SLOTS,
+        "FMA": (of(_FMA_PIPE) + 2 * of(_PACKED)) * WARP / device.fma_lanes,
+        "ALU": sum(n for o, n in total.items() if _on_alu(o)) * WARP / ALU_LANES,
+        "MUFU": sum(n for o, n in total.items() if o.startswith("MUFU")) * WARP / SPECIAL_LANES,
+    }
+
+
 def predict(
     kernel: CompiledKernel,
     executed: tuple[Counter[str], Counter[str]],
@@ -115,12 +131,8 @@ def predict(
         for opcode, times in counts.items():
             total[opcode] += times * number * warps  # type: ignore[assignment]
     cycles = {
-        "issue": sum(total.values()) / ISSUE_SLOTS,
-        "FMA": sum(n for o, n in total.items() if o.partition(".")[0] in _FMA_PIPE) * WARP / device.fma_lanes
-        + total["FFMA2"] * 2 * WARP / device.fma_lanes,
-        "ALU": sum(n for o, n in total.items() if _on_alu(o)) * WARP / ALU_LANES,
-        "MUFU": sum(n for o, n in total.items() if o.startswith("MUFU")) * WARP / SPECIAL_LANES,
-        "L1": sum(n * _bytes(o) for o, n in total.items() if o.startswith(("LDG.", "STG.", "LDS.", "LDGSTS."))or o in ("LDG","STG","LDS")) * WARP / L1_BYTES,
+        **pipes(total, device),
+        "L1": sum(n * _bytes(o) for o, n in total.items() if o.partition(".")[0] in _MEMORY) * WARP / L1_BYTES,
         "L2": l2_elements(kernel, shape) * kernel.element_bytes * shape.pixels / L2_BYTES,
     }
     microseconds = {name: n / device.multiprocessors / device.ghz / 1e3 for name, n in cycles.items()}
@@ -131,7 +143,7 @@ def predict(
 
 def _on_alu(opcode: str) -> bool:
     name = opcode.partition(".")[0]
-    return name not in _FMA_PIPE and name not in _FREE_PIPE and name != "FFMA2" and not name.startswith("U")
+    return name not in _FMA_PIPE | _FREE_PIPE | _PACKED and not name.startswith("U")
 
 
 def _bytes(opcode: str) -> int:

@@ -1,5 +1,6 @@
 """NVIDIA machine code: disassembly, loops, counts of what is executed, loads that are in flight together."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ def cuobjdump() -> str:
     return found
 
 
+@functools.lru_cache(maxsize=16)
 def disassemble(cubin: bytes) -> tuple[str, int, int]:
     """(text, registers per thread, stack bytes) of a cubin with one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -41,7 +41,7 @@ class Row:
 
 
 def row(kernel: CompiledKernel, height: int = 56, items: float = 1.0) -> Row:
-    """Read a kernel's machine code. height of the maps, items of a program: for the weight gradient's loops over them."""
+    """Read a kernel's machine code. height of the maps, items of a program: the weight gradient loops over them."""
     if kernel.assembly is not None:
         from .triton import amd_usage
 

@@ -23,7 +23,9 @@ def add_to(commands: Any) -> None:
     command.add_argument("--variant", default="mambaout_tiny", help="whose stages are predicted; default: %(default)s")
     command.add_argument("--batch", type=positive, default=128, help="default: %(default)s")
     command.add_argument("--all", action="store_true", help="filters 3, 5 and 7 wide, and every activation: minutes")
-    command.add_argument("--json", action="store_true", help="as JSON on stdout")
+    shown = command.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="as JSON on stdout")
+    shown.add_argument("--markdown", action="store_true", help="tables as Markdown on stdout")
     command.set_defaults(run=run)
 
 
@@ -83,8 +85,15 @@ def run(args: argparse.Namespace) -> int:
         entries += [e for e in _compiled(args, targets, dtypes) if e.row.kernel.name in kernels]
     if args.json:
         print(json.dumps([e.as_dict() for e in entries], indent=1))
-    else:
-        show_table("As compiled", report.HEADINGS, report.lines(entries))
-        title = f"Predicted, not measured: {args.variant}, batch {args.batch}"
-        show_table(title, report.STAGE_HEADINGS, report.stage_lines(entries))
+        return 1 if any(e.failures for e in entries) else 0
+    title = f"Predicted, not measured: {args.variant}, batch {args.batch}"
+    tables = (
+        ("As compiled", report.HEADINGS, report.lines(entries)),
+        (title, report.STAGE_HEADINGS, report.stage_lines(entries)),
+    )
+    for table in tables:
+        if args.markdown:
+            print(report.markdown(*table))
+        else:
+            show_table(*table)
     return 1 if any(e.failures for e in entries) else 0

@@ -8,7 +8,7 @@ output, not K * K. All but the first of the K shifted reads hit L1.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM108  (its tuples are only added, and not chosen between)
+# ruff: noqa: RUF005  (its tuples are only added)
 
 import triton
 import triton.language as tl

@@ -2,9 +2,12 @@
 
 import functools
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 KERNELS = ("forward", "gate_backward", "input_gradient", "weight_gradient")
@@ -84,20 +87,38 @@ def shipped() -> tuple[Row, ...]:
     return parse((files(__package__) / "tiles.json").read_text(encoding="utf-8"))
 
 
-_tuned: tuple[Row, ...] = ()
+def cache_path() -> Path:
+    """Where `mambaout-kernels tune` leaves its table, and where every process looks for one."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambaout-kernels" / "tiles.json"
+
+
+@functools.cache
+def cached() -> tuple[Row, ...]:
+    """The rows of cache_path(); none, with a warning, where that file is not a table."""
+    path = cache_path()
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is not used: {error}; `mambaout-kernels tune` writes it anew", RuntimeWarning, 2)
+        return ()
+
+
+_preferred: tuple[Row, ...] = ()
 
 
 def use(rows: tuple[Row, ...]) -> None:
-    """Put these rows (of `mambaout-kernels tune`) before the shipped ones, for this process."""
-    global _tuned
-    _tuned = rows
+    """Put these rows before the tuned and the shipped ones, for this process."""
+    global _preferred
+    _preferred = rows
     choose.cache_clear()
 
 
 @functools.cache
 def choose(arch: str, kernel: str, bits: int, width: int, K: int, aligned: bool) -> Tile:
     """The first row that fits; filters above 7 x 7 take one output row at a time."""
-    for row in (*_tuned, *shipped()):
+    for row in (*_preferred, *cached(), *shipped()):
         if (
             row.arch in (arch, "any")
             and (row.kernel, row.bits) == (kernel, bits)
