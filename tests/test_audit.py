@@ -92,6 +92,19 @@ def test_amd_does_not_spill(kernel, dtype, aligned):
 
 
 @compiles
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sizes_of_one_compile(kernel, monkeypatch):
+    """Triton makes constants of arguments that are 1."""
+    ones = ("H", "W", "D", "C", "columns", "items", "stride_h", "stride_w", "dy_stride_w", "blocks_d", "blocks_w")
+    tile = tiles.choose("sm_90", kernel, 32, 1, 3, False)
+    configuration = triton.Configuration(kernel, "sm_90", "float32", tile, 3, aligned=False)
+    function, constants = triton._kernel(configuration)
+    constants |= {name: 1 for name in ones if name in function.arg_names}
+    monkeypatch.setattr(triton, "_kernel", lambda _: (function, constants))
+    assert triton.compile_ahead(configuration).cubin
+
+
+@compiles
 def test_the_audit_sees_spills():
     tile = tiles.Tile(8, 64, 2, block_h=14)
     found = table.row(triton.compile_ahead(triton.Configuration("forward", "sm_90", "bfloat16", tile)))
@@ -179,6 +192,16 @@ def test_predictions_are_the_slowest_limit():
     busy = roofline.predict(kernel_record(), (Counter({"FFMA": 100_000}), none), stage1, devices.device("sm_90"), 1)
     assert busy.bound_by == "issue"
     assert busy.share < 0.2
+
+
+def test_multiprocessors_without_a_block_are_idle():
+    none, work = Counter(), Counter({"FFMA": 1000})
+    h100 = devices.device("sm_90")
+    all_busy = roofline.Shape(h100.multiprocessors, 7, 8, 32, 32)  # one block for each
+    one_busy = roofline.Shape(1, 7, 8, 32, 32)
+    times = [roofline.predict(kernel_record(), (work, none), s, h100, 1).limits for s in (all_busy, one_busy)]
+    assert times[0]["issue"] == pytest.approx(times[1]["issue"])
+    assert times[0]["DRAM"] == pytest.approx(h100.multiprocessors * times[1]["DRAM"])
 
 
 def test_halo_read_again_from_l2():

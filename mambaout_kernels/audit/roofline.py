@@ -122,8 +122,8 @@ def predict(
 ) -> Prediction:
     """`executed`: opcodes that one thread runs in a block that convolves, and in one of the identity branch.
 
-    Every limit at its datasheet rate, as if the others were hidden behind it; whole waves of blocks; `programs` of the
-    weight gradient share the items.
+    Every limit at its datasheet rate, as if the others were hidden behind it. What a multiprocessor does for itself
+    takes as long as on the one with the most blocks. `programs` of the weight gradient share the items.
     """
     warps = kernel.threads / WARP
     total: Counter[str] = Counter()
@@ -135,7 +135,11 @@ def predict(
         "L1": sum(n * _bytes(o) for o, n in total.items() if o.partition(".")[0] in _MEMORY) * WARP / L1_BYTES,
         "L2": l2_elements(kernel, shape) * kernel.element_bytes * shape.pixels / L2_BYTES,
     }
-    microseconds = {name: n / device.multiprocessors / device.ghz / 1e3 for name, n in cycles.items()}
+    launched = sum(blocks(kernel, shape))
+    if kernel.name == "weight_gradient":
+        launched = min(launched, programs)
+    most = -(-launched // device.multiprocessors) * device.multiprocessors / launched
+    microseconds = {name: n * most / device.multiprocessors / device.ghz / 1e3 for name, n in cycles.items()}
     floor = floor_elements(kernel.name, shape) * kernel.element_bytes * shape.pixels / device.dram_tb_s / 1e6
     dram = floor + partial_bytes(kernel, shape, programs) / device.dram_tb_s / 1e6
     return Prediction({"DRAM": dram, **microseconds}, floor)
