@@ -54,11 +54,22 @@ def test_gates(target, kernel, dtype):
     assert found.row.barriers == 0
 
 
+# Issue slots limit it: 8 TB/s leave 53 cycles of a multiprocessor per pixel (benchmarks/NOTES.md).
+BELOW_THE_ROOFLINE = {("sm_100", "bfloat16")}
+
+
 @compiles
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_predicted_at_85_percent_of_the_dram_roofline_on_the_h100(dtype):
-    for stage in entry("sm_90", "forward", dtype).stages:
-        assert stage.prediction.share >= table.LEAST_SHARE, stage.label
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("sm_90", "float16")] + [(t, d) for t in ("sm_80", "sm_90", "sm_100", "sm_120") for d in ("bfloat16", "float32")],
+)
+def test_forward_is_predicted_at_85_percent_of_the_dram_roofline(target, dtype):
+    shares = [stage.prediction.share for stage in entry(target, "forward", dtype).stages]
+    assert len(shares) == 4
+    if (target, dtype) in BELOW_THE_ROOFLINE:
+        assert 0.5 < min(shares) <= max(shares) < table.LEAST_SHARE  # a change for the better must come here too
+    else:
+        assert min(shares) >= table.LEAST_SHARE
 
 
 @compiles
