@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 BENCH_OUT ?= benchmarks/results
 
-.PHONY: bench test lint format abi clean
+.PHONY: bench test lint format abi gpu-acceptance clean
 
 bench: $(READY)
 	$(RUN) -m mambaout_kernels bench main --out $(BENCH_OUT)
@@ -25,6 +25,10 @@ format: $(READY)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# On the day a GPU is there: correctness, sanitizers, times beside predictions; ten minutes. ARGS=--dry: on the CPU.
+gpu-acceptance: $(READY)
+	$(RUN) benchmarks/gpu_acceptance.py --out $(BENCH_OUT)/gpu_acceptance $(ARGS)
 
 # One binary under two torches: make abi TORCH_A=python-with-one-torch TORCH_B=python-with-another
 abi:

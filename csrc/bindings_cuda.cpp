@@ -50,8 +50,8 @@ GatedDwconvShape checked_shape(const Tensor& u, const Tensor& weight, const Tens
   check_parameter(bias, shape.dtype, "bias", device);
   shape.weight_dtype = dtype_of(weight, "weight");
   shape.bias_dtype = dtype_of(bias, "bias");
-  STD_TORCH_CHECK(cuda::supported(shape), "u must have at most ", cuda::kMostChannels,
-                  " channels of gate, fewer than 2^31 pixels, and fewer than 2^31 values of gate in a row of pixels");
+  STD_TORCH_CHECK(cuda::supported(shape), "u must have at most ", cuda::kMostChannels, " channels of gate, ",
+                  cuda::kMostPixels, " pixels, and fewer than 2^31 values of gate in a row of pixels");
   return shape;
 }
 
@@ -99,10 +99,12 @@ void* current_stream(std::int32_t device) {
   return stream;
 }
 
-cuda::Device properties(std::int32_t device) {
+// The CUDA runtime in this module is not torch's: what torch's guard has done has to be said to it too.
+cuda::Device select(std::int32_t device) {
   cuda::Device result;
   STD_TORCH_CHECK(
-      cudaDeviceGetAttribute(&result.multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+      cudaSetDevice(device) == cudaSuccess &&
+          cudaDeviceGetAttribute(&result.multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
           cudaDeviceGetAttribute(&result.major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess,
       "gated_dwconv: CUDA device ", device, " does not answer");
   return result;
@@ -117,7 +119,7 @@ Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
   bias = dense(bias);
   Tensor y = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, shape.D});
   cuda::forward({shape, evenly_spaced(u), weight.const_data_ptr(), bias.const_data_ptr(), y.mutable_data_ptr()},
-                properties(device), current_stream(device));
+                select(device), current_stream(device));
   return y;
 }
 
@@ -144,6 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
     return {du, dweight, dbias};
   }
   Tensor workspace = torch::stable::new_empty(u, {cuda::backward_workspace_bytes(shape) / 4}, ScalarType::Float);
+  select(device);
   cuda::backward({shape, evenly_spaced(dy), evenly_spaced(u), weight.const_data_ptr(), bias.const_data_ptr(),
                   du.mutable_data_ptr(), dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
                  workspace.mutable_data_ptr(), current_stream(device));
@@ -170,7 +173,16 @@ pybind11::dict launch_plans(const std::array<std::int64_t, 6>& sizes, int elemen
   if (!cuda::supported(shape)) throw pybind11::value_error("sizes are beyond what the kernels take");
   const auto described = [](const cuda::LaunchPlan& plan) {
     pybind11::dict result;
-    result["blocks"] = plan.blocks;
+    const cuda::Tiling& t = plan.tiling;
+    result["blocks"] = t.blocks();
+    result["strip"] = plan.strip;
+    result["strips"] = t.strips;
+    result["chunks"] = t.chunks;
+    result["w_tiles"] = t.w_tiles;
+    result["chunk_groups"] = t.chunk_groups;
+    result["segments"] = t.segments;
+    result["segment_rows"] = t.segment_rows;
+    result["images_per_block"] = t.images_per_block;
     result["threads"] = plan.threads;
     result["shared_bytes"] = plan.shared_bytes;
     result["bytes_ahead"] = plan.bytes_ahead;

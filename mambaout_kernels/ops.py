@@ -61,7 +61,7 @@ def _forward_impl(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
 
 def _backward_impl(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        return backends.select(u, weight).gated_dwconv_backward(dy, u, weight, bias, act)
+        return backends.select(u, weight, backward=True).gated_dwconv_backward(dy, u, weight, bias, act)
     except Exception:
         check(u, weight, bias, act)
         check_gradient(dy, u)

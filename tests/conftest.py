@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -21,3 +23,10 @@ def isa(request):
     cpu.module.set_cpu_capability(request.param)
     yield request.param
     cpu.module.set_cpu_capability(before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    host = sys.modules.get("cuda_host.host")
+    if host is not None and host.CALLS:
+        calls = ", ".join(f"{host.CALLS[check]} {check}" for check in host.CHECKS)
+        terminalreporter.write_line(f"CUDA kernels called on the CPU, by check: {calls}")

@@ -27,19 +27,17 @@ KERNELS = ("forward", "gate_backward", "input_gradient", "weight_gradient")
 DTYPES = ("bfloat16", "float16", "float32")
 
 # Gates that are not passed, with what limits them; a change for the better must come here too.
-# The identity branch of 16-bit elements: ptxas puts off half of its loads to save registers that the conv branch has
-# paid for already. Loading in turns, a barrier after the loads and a higher register limit did not move it.
-NOT_PASSED = {
-    ("sm_90", "forward", "bfloat16"): {"bytes in flight"},
-    ("sm_90", "forward", "float16"): {"bytes in flight"},
-}
+# Where accesses are one element wide, a thread's loads of 2 bytes are too many for its registers and too few for the
+# bus: five tiles between 29 and 38 KiB (benchmarks/NOTES.md).
+NOT_PASSED = {("forward", "bfloat16", False): {"bytes in flight"}}
 
 
 @functools.cache
 def entry(target, kernel, dtype, K=7, act="gelu", aligned=True):
     bits = 32 if dtype == "float32" else 16
-    tile = tiles.choose(target, kernel, bits, 56, K)
-    return report.entry(triton.compile_ahead(triton.Configuration(kernel, target, dtype, tile, K, act, aligned)))
+    tile = tiles.choose(target, kernel, bits, 56, K, aligned)
+    compiled = triton.compile_ahead(triton.Configuration(kernel, target, dtype, tile, K, act, aligned))
+    return report.entry(compiled, "mambaout_tiny" if aligned else "mambaout_base", programs=tile.programs)
 
 
 @compiles
@@ -51,21 +49,35 @@ def entry(target, kernel, dtype, K=7, act="gelu", aligned=True):
 def test_gates(target, kernel, dtype):
     found = entry(target, kernel, dtype)
     broken = {text.partition(":")[0] for text in table.failures(found.row)}
-    assert broken == NOT_PASSED.get((target, kernel, dtype), set()), found.failures
+    assert not broken, found.failures
     assert found.row.multiply_adds == 49
     assert found.row.barriers == 0
 
 
-@compiles
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_predicted_at_85_percent_of_the_dram_roofline_on_the_h100(dtype):
-    for stage in entry("sm_90", "forward", dtype).stages:
-        assert stage.prediction.share >= table.LEAST_SHARE, stage.label
+# Issue slots limit it: 8 TB/s leave 53 cycles of a multiprocessor per pixel (benchmarks/NOTES.md).
+BELOW_THE_ROOFLINE = {("sm_100", "bfloat16")}
 
 
 @compiles
-@pytest.mark.parametrize(("K", "act"), [(3, "silu"), (5, "gelu_tanh"), (7, "identity")])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("sm_90", "float16")] + [(t, d) for t in ("sm_80", "sm_90", "sm_100", "sm_120") for d in ("bfloat16", "float32")],
+)
+def test_forward_is_predicted_at_85_percent_of_the_dram_roofline(target, dtype):
+    shares = [stage.prediction.share for stage in entry(target, "forward", dtype).stages]
+    assert len(shares) == 4
+    if (target, dtype) in BELOW_THE_ROOFLINE:
+        assert 0.5 < min(shares) <= max(shares) < table.LEAST_SHARE  # a change for the better must come here too
+    else:
+        assert min(shares) >= table.LEAST_SHARE
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("kernel", "K", "act"),
+    [(kernel, *K_act) for kernel in KERNELS[:2] for K_act in ((3, "silu"), (5, "gelu_tanh"), (7, "identity"))]
+    + [(kernel, K, "gelu") for kernel in KERNELS[2:] for K in (3, 5)],
+)
 def test_other_filters_and_activations_do_not_spill(kernel, K, act):
     found = entry("sm_90", kernel, "bfloat16", K, act)
     assert found.row.spills == 0
@@ -73,23 +85,42 @@ def test_other_filters_and_activations_do_not_spill(kernel, K, act):
 
 
 @compiles
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_odd_hidden_sizes_do_not_spill(kernel):
-    assert entry("sm_90", kernel, "bfloat16", aligned=False).row.spills == 0
+def test_gates_of_odd_hidden_sizes(kernel, dtype):
+    found = entry("sm_90", kernel, dtype, aligned=False)
+    broken = {text.partition(":")[0] for text in table.failures(found.row)}
+    assert broken == NOT_PASSED.get((kernel, dtype, False), set()), found.failures
+    assert found.row.multiply_adds == 49
+    assert [stage.label for stage in found.stages][:2] == ["56x56x128", "28x28x256"]
 
 
 @compiles
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_amd_does_not_spill(kernel, dtype):
-    found = entry("gfx942", kernel, dtype).row
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd"])
+def test_amd_does_not_spill(kernel, dtype, aligned):
+    found = entry("gfx942", kernel, dtype, aligned=aligned).row
     assert 0 < found.registers <= 512
     assert found.spills == 0
 
 
 @compiles
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sizes_of_one_compile(kernel, monkeypatch):
+    """Triton makes constants of arguments that are 1."""
+    ones = ("H", "W", "D", "C", "columns", "items", "stride_h", "stride_w", "dy_stride_w", "blocks_d", "blocks_w")
+    tile = tiles.choose("sm_90", kernel, 32, 1, 3, False)
+    configuration = triton.Configuration(kernel, "sm_90", "float32", tile, 3, aligned=False)
+    function, constants = triton._kernel(configuration)
+    constants |= {name: 1 for name in ones if name in function.arg_names}
+    monkeypatch.setattr(triton, "_kernel", lambda _: (function, constants))
+    assert triton.compile_ahead(configuration).cubin
+
+
+@compiles
 def test_the_audit_sees_spills():
-    tile = tiles.Tile(14, 8, 64, 2)
+    tile = tiles.Tile(8, 64, 2, block_h=14)
     found = table.row(triton.compile_ahead(triton.Configuration("forward", "sm_90", "bfloat16", tile)))
     assert found.spills > 0
     assert any(text.startswith("spills") for text in table.failures(found))
@@ -125,6 +156,27 @@ def test_machine_code_is_read():
     assert (counts["FFMA"], counts["LDG.E.128"], counts["STG.E.128"]) == (14, 14, 1)
 
 
+ASYNCHRONOUS = """
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64] ;
+        /*0010*/                   LDGDEPBAR ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R4+0x200], [R2.64+0x200] ;
+        /*0030*/                   LDGDEPBAR ;
+        /*0040*/                   DEPBAR.LE SB0, 0x1 ;
+        /*0050*/                   LDS.128 R8, [R4] ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64+0x400] ;
+        /*0070*/                   LDG.E.128 R12, [R2.64+0x600] ;
+        /*0080*/                   LDGDEPBAR ;
+        /*0090*/                   DEPBAR.LE SB0, 0x0 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_copies_to_shared_memory_are_in_flight_until_they_are_waited_for():
+    code = sass.parse(ASYNCHRONOUS)
+    assert sass.bytes_in_flight(code[:5]) == 32
+    assert sass.bytes_in_flight(code) == 48  # one copy is waited for before the third and a load are begun
+
+
 def test_occupancy():
     h100 = devices.device("sm_90")
     assert h100.resident_blocks(registers=32, threads=1024, shared_bytes=0) == 2
@@ -156,11 +208,28 @@ def test_predictions_are_the_slowest_limit():
     assert busy.share < 0.2
 
 
+def test_multiprocessors_without_a_block_are_idle():
+    none, work = Counter(), Counter({"FFMA": 1000})
+    h100 = devices.device("sm_90")
+    all_busy = roofline.Shape(h100.multiprocessors, 7, 8, 32, 32)  # one block for each
+    one_busy = roofline.Shape(1, 7, 8, 32, 32)
+    times = [roofline.predict(kernel_record(), (work, none), s, h100, 1).limits for s in (all_busy, one_busy)]
+    assert times[0]["issue"] == pytest.approx(times[1]["issue"])
+    assert times[0]["DRAM"] == pytest.approx(h100.multiprocessors * times[1]["DRAM"])
+
+
 def test_halo_read_again_from_l2():
     shape = roofline.Shape(1, 14, 16, 64, 64)
     # rows 0-9 and 4-13, columns 0-10 and 5-15: 20 x 22 of 14 x 16 pixels
     assert roofline.l2_elements(kernel_record(), shape) == pytest.approx(3 * 64 + 64 * (20 * 22 / (14 * 16) - 1))
     assert roofline.blocks(kernel_record(), shape) == (2 * 2 * 2, 0)
+
+
+def test_blocks_go_on_in_the_next_image():
+    shape = roofline.Shape(2, 7, 7, 64, 64)
+    assert roofline.blocks(kernel_record(), shape) == (2 * 2, 0)  # 14 columns in blocks of 8
+    # the first reads all of one image and columns 0-3 of the next, the second that one whole
+    assert roofline.l2_elements(kernel_record(), shape) == pytest.approx(3 * 64 + 64 * (18 / 14 - 1))
 
 
 def test_a_kernel_without_code_is_refused():
@@ -179,9 +248,10 @@ def run(capsys, *argv):
 
 @compiles
 def test_command_line(capsys):
-    only = ("--target", "sm_90", "--kernel", "input_gradient", "--dtype", "float32")
+    only = ("--backend", "triton", "--target", "sm_90", "--kernel", "input_gradient", "--dtype", "float32")
     status, out, _ = run(capsys, "audit", *only, "--json")
-    (found,) = json.loads(out)
+    found, other = json.loads(out)
+    assert (found["aligned"], other["aligned"], other["stages"]) == (True, False, [])
     assert status == 0
     assert (found["target"], found["kernel"], found["spills"], found["multiply_adds_per_output"]) == (
         "sm_90", "input_gradient", 0, 49,
@@ -189,6 +259,8 @@ def test_command_line(capsys):
     assert [s["label"] for s in found["stages"]] == ["56x56x96", "28x28x192", "14x14x384", "7x7x576"]
     status, out, _ = run(capsys, "audit", *only)
     assert "Predicted, not measured" in out
+    status, out, _ = run(capsys, "audit", *only, "--markdown")
+    assert "| sm_90 | triton input_gradient | float32 | aligned | 7x8x32 |" in out
 
 
 @compiles
@@ -215,23 +287,78 @@ def test_tune_needs_a_gpu(capsys):
 
 @compiles
 def test_tiles_of_a_table_come_first(tmp_path):
-    mine = tiles.Row("sm_90", "forward", 16, 28, tiles.Tile(4, 8, 32, 1))
+    mine = tiles.Row("sm_90", "forward", 16, tiles.Tile(8, 32, 1, block_h=4), aligned=True, max_width=28)
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps(tiles.as_json([mine])))
-    shipped = tiles.choose("sm_90", "forward", 16, 28, 7)
+    assert tiles.parse(path.read_text()) == (mine,)
+
+    def chosen(arch="sm_90", width=28, K=7, aligned=True):
+        return tiles.choose(arch, "forward", 16, width, K, aligned)
+
+    shipped = chosen()
     try:
         load_tiles(path)
-        assert tiles.choose("sm_90", "forward", 16, 28, 7) == mine.tile
-        assert tiles.choose("sm_90", "forward", 16, 56, 7) == shipped
-        assert tiles.choose("sm_80", "forward", 16, 28, 7) == shipped
+        assert chosen() == mine.tile
+        assert chosen(width=56) == chosen(arch="sm_80") == shipped
+        assert chosen(aligned=False) != mine.tile
     finally:
         tiles.use(())
-    assert tiles.choose("sm_90", "forward", 16, 28, 7) == shipped
-    assert tiles.choose("sm_90", "forward", 16, 28, 9).block_h == 1
-    with pytest.raises(ValueError, match="kernel must be one of forward"):
-        tiles.parse(path.read_text().replace("forward", "sideways"))
-    with pytest.raises(ValueError, match="not a table of tiles"):
-        tiles.parse('[{"tile": 3}]')
+    assert chosen() == shipped
+    assert chosen(K=9).block_h == 1
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"tile": 3}]', "not a table of tiles"),
+        ("{", "not a table of tiles"),
+        ('[{"arch": "any", "kernel": "sideways", "bits": 16, "tile": {"block_w": 8, "block_d": 8, "num_warps": 1}}]',
+         "kernel must be one of forward"),
+        ('[{"arch": "any", "kernel": "forward", "bits": 16, "tile": {"block_w": 6, "block_d": 8, "num_warps": 1}}]',
+         "block_w, block_d and num_warps must be powers of two"),
+        ('[{"arch": "any", "kernel": "forward", "bits": 16, "tile": {"block_w": 0, "block_d": 8, "num_warps": 1}}]',
+         "sizes of a tile must be positive integers"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        tiles.parse(content)
+
+
+@compiles
+def test_a_tuned_table_in_the_cache_directory_is_picked_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tiles.cache_path()
+    assert path.is_relative_to(tmp_path)
+    mine = tiles.Row("any", "forward", 16, tiles.Tile(8, 32, 1, block_h=4))
+    path.parent.mkdir()
+
+    def chosen():
+        tiles.cached.cache_clear()
+        tiles.choose.cache_clear()
+        return tiles.choose("sm_90", "forward", 16, 56, 7, True)
+
+    try:
+        shipped = chosen()
+        path.write_text(json.dumps(tiles.as_json([mine])))
+        assert chosen() == mine.tile
+        path.write_text("[3]")
+        with pytest.warns(RuntimeWarning, match="is not used: not a table of tiles"):
+            assert chosen() == shipped
+    finally:
+        monkeypatch.undo()
+        tiles.cached.cache_clear()
+        tiles.choose.cache_clear()
+
+
+@compiles
+@pytest.mark.parametrize(("bits", "aligned"), [(16, True), (16, False), (32, True), (32, False)])
+def test_what_is_tuned_over_has_the_shipped_tile(bits, aligned):
+    from mambaout_kernels.backends.triton_kernels.tune import candidates
+
+    for kernel in KERNELS:
+        assert tiles.choose("sm_90", kernel, bits, 56, 7, aligned) in list(candidates(kernel, bits, aligned))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from numerics import make_inputs
 
 from mambaout_kernels import backends, gated_dwconv
+from mambaout_kernels.audit import cuda
+from mambaout_kernels.backends import preferences
 
 
 def test_status_names_every_backend_and_the_reference_always_works():
@@ -78,3 +81,95 @@ def test_another_device_runs_on_the_reference():
     )
     assert y.shape == (1, 4, 4, 4)
     assert y.device.type == "meta"
+
+
+class FakeBackend:
+    def __init__(self, dtypes):
+        self.dtypes = dtypes
+
+    def supports(self, u, weight):
+        return u.dtype in self.dtypes
+
+
+def cuda_tensor(N, H, W, width, dtype=torch.bfloat16):
+    """What `select` looks at in a u on a GPU."""
+    device = SimpleNamespace(type="cuda", index=0)
+    size = torch.empty((), dtype=dtype).element_size()
+    return SimpleNamespace(device=device, dtype=dtype, shape=(N, H, W, width), element_size=lambda: size)
+
+
+@pytest.fixture
+def h100_with_both(monkeypatch):
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    both = {"triton": FakeBackend(low), "cuda": FakeBackend(low)}
+    monkeypatch.setattr(backends, "_available", lambda device_type: both)
+    monkeypatch.setattr(backends, "_usable_for", {})
+    monkeypatch.setattr(preferences, "_architecture", lambda index: "sm_90")
+    return both
+
+
+def test_the_table_chooses_between_the_gpu_backends(h100_with_both):
+    for row in preferences.shipped():
+        if row.arch != "sm_90":
+            continue
+        D, C = (256, 96) if row.aligned else (341, 128)
+        u = cuda_tensor(
+            1 if row.max_elements else 128, 56, 56, 2 * D, torch.float32 if row.bits == 32 else torch.float16
+        )
+        chosen = backends.select(u, torch.empty(C, 1, 7, 7, device="meta"), backward=row.backward)
+        assert chosen is h100_with_both[row.backend], row
+
+
+def test_what_the_table_does_not_know_is_for_triton(h100_with_both, monkeypatch):
+    u = cuda_tensor(1, 56, 56, 512, torch.float32)
+    assert backends.select(u, torch.empty(96, 1, 5, 5, device="meta")) is h100_with_both["triton"]
+    monkeypatch.setattr(preferences, "_architecture", lambda index: "sm_130")
+    assert backends.select(u, torch.empty(96, 1, 7, 7, device="meta")) is h100_with_both["triton"]
+
+
+@pytest.mark.parametrize("only", ["triton", "cuda"])
+def test_the_only_gpu_backend_is_taken(h100_with_both, monkeypatch, only):
+    monkeypatch.setattr(backends, "_available", lambda device_type: {only: h100_with_both[only]})
+    u, weight = cuda_tensor(128, 56, 56, 512), torch.empty(96, 1, 7, 7, device="meta")
+    assert backends.select(u, weight) is backends.select(u, weight, backward=True) is h100_with_both[only]
+
+
+def test_no_gpu_backend_supports_float64(h100_with_both):
+    u = cuda_tensor(1, 4, 4, 16, torch.float64)
+    assert backends.select(u, torch.empty(8, 1, 7, 7, device="meta")) is backends.load("reference")
+
+
+def test_gpus_of_a_generation_share_rows():
+    def found(arch):
+        return preferences.row(arch, 32, True, False, 10**9)
+
+    assert found("sm_89").arch == "sm_89"
+    assert found("sm_86").arch[:4] == "sm_8"
+    assert found("sm_103").arch == "sm_100"
+    assert found("hip") is found("sm_75") is None
+
+
+def test_every_preference_follows_from_its_figures():
+    from mambaout_kernels.audit.preferences import MARGIN, SMALL
+
+    keys = [(r.arch, r.bits, r.aligned, r.backward, r.max_elements) for r in preferences.shipped()]
+    assert len(set(keys)) == len(keys) == 5 * 2 * 2 * 2 * 2
+    assert {r.max_elements for r in preferences.shipped()} == {SMALL, None}
+    for row in preferences.shipped():
+        assert row.backend == ("cuda" if row.cuda_us < MARGIN * row.triton_us else "triton"), row
+        assert "% of the DRAM roofline" in row.reason
+
+
+@pytest.mark.skipif(
+    cuda.module_path() is None or cuda.disassembler() is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs the compiled CUDA module and Triton's compiler",
+)
+def test_the_table_is_what_the_machine_code_predicts():
+    """Within 15 %, for compilers differ."""
+    from mambaout_kernels.audit.preferences import rows_of
+
+    shipped = {(r.bits, r.aligned, r.backward, r.max_elements): r for r in preferences.shipped() if r.arch == "sm_90"}
+    for now in rows_of(cuda.module_path(), "sm_90", "float32", True, 128, None):
+        then = shipped[now["bits"], now["aligned"], now["backward"], now["max_elements"]]
+        assert now["triton_us"] == pytest.approx(then.triton_us, rel=0.15)
+        assert now["cuda_us"] == pytest.approx(then.cuda_us, rel=0.15)

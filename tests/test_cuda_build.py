@@ -1,11 +1,13 @@
 """The compiled CUDA module: gates on its machine code, what it is built for, and that it loads without a GPU."""
 
 import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,13 @@ import torch
 
 from mambaout_kernels import backends
 from mambaout_kernels.audit import cuda as audit
+from mambaout_kernels.audit import cuda_entries, cuda_predict
 from mambaout_kernels.audit.devices import devices
+from mambaout_kernels.audit.roofline import Shape
 from mambaout_kernels.backends import cuda
-from mambaout_kernels.benchmarking import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = audit.module_path()
-GPU_BATCH = 128
 
 needs_module = pytest.mark.skipif(MODULE is None, reason="the CUDA module is not built: no nvcc")
 needs_cuobjdump = pytest.mark.skipif(audit.disassembler() is None, reason="no cuobjdump")
@@ -43,26 +45,110 @@ def test_every_kernel_passes_its_gates(compiled):
     assert not {label: found for label, found in failures.items() if found}
 
 
-def test_enough_bytes_are_on_their_way(compiled):
-    """At the stages of mambaout_tiny: 40 KB on each multiprocessor cover the latency of an H100's memory."""
+def running(compiled):
+    """The GPUs with a datasheet that run this target's machine code."""
+    targets = audit.targets(MODULE)
+    found = [d for d in devices() if cuda_entries.code_target(targets, d.target) == compiled[0].target]
+    return found or pytest.skip(f"no datasheet for {compiled[0].target}")
+
+
+# Of the DRAM roofline, less is predicted than asked for: 8 TB/s for 128 multiply-adds per cycle (benchmarks/NOTES.md).
+BELOW = {("sm_100", "bfloat16"), ("sm_100", "float16")}
+
+
+def test_gates_of_the_family(compiled):
+    """At the stages of mambaout_tiny, batch 128: bytes moved and on their way, and the predicted time."""
+    for device in running(compiled):
+        for dtype in cuda_entries.DTYPES:
+            for backward in (False, True):
+                entry = cuda_entries.entry(compiled, device, 7, dtype, backward)
+                below = [f for f in entry.failures if "of the DRAM roofline" in f]
+                assert [f for f in entry.failures if f not in below] == []
+                assert bool(below) == (not backward and (device.target, dtype) in BELOW), (device.name, dtype, below)
+                if device.target == "sm_90" or not backward:
+                    assert entry.row.bytes_in_flight >= 40_000
+
+
+def test_what_is_executed_is_what_the_op_takes(compiled):
+    """Of the longest way through the main loop: the filter's multiply-adds, and the gates' exponentials."""
+    for kernel in compiled:
+        if kernel.kernel_size != 7 or not kernel.aligned:
+            continue
+        backward = kernel.name == "backward"
+        work = cuda_predict.work(kernel.code, backward)
+        made = sum(n * (2 if o.startswith("FFMA2") else 1) for o, n in work.conv.items() if o.startswith("FFMA"))
+        taps = (3 if backward else 1) * 49 * kernel.strip * kernel.lanes
+        assert taps <= made <= 1.02 * taps
+        exponentials = sum(n for o, n in work.packet.items() if o.startswith("MUFU.EX2"))
+        channels = 4 if kernel.dtype == "float32" else 8
+        assert exponentials == (2 if backward else 1) * channels
+        if backward:
+            assert sum(n for o, n in work.halo.items() if o.startswith("MUFU.EX2")) == 2
+        assert 0 < sum(work.step.values()) < 150
+        assert 0 < sum(work.parameter.values()) < 10
+
+
+@needs_module
+def test_every_instruction_is_counted():
+    """One tile of one image to a block: how often each part is executed."""
+    work = cuda_predict.Work(*(Counter({name: 1}) for name in ("step", "row", "conv", "gate", "packet", "halo",
+                                                               "image", "launch", "parameter")))  # fmt: skip
+    shape = Shape(N=400, H=7, W=7, D=64, C=32)
+    plan = cuda_entries.plan_of(shape, 7, 2, devices()[2], backward=False)
+    assert (plan["blocks"], plan["strips"], plan["chunks"], plan["segments"], plan["threads"]) == (400, 1, 1, 1, 32)
+    found = cuda_predict.total(work, plan, shape, 7, channels_per_packet=8, lanes=1)
+    # 7 pixels of 4 packets are 28: one warp
+    of_one = {"step": 10, "row": 7, "conv": 7, "gate": 7, "packet": 7, "halo": 7 * 7, "image": 1, "launch": 1,
+              "parameter": 49}  # fmt: skip
+    assert found == {name: 400 * times for name, times in of_one.items()}
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        ("80-real 90-real", (8, 0), True),
+        ("80-real 90-real", (8, 9), True),
+        ("80-real 90-real", (10, 0), False),
+        ("86-real", (8, 0), False),
+        ("80-real 90", (12, 0), True),
+        ("90a-real", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("100f-real", (10, 3), True),
+        ("100f-real", (12, 0), False),
+        ("120", (9, 0), False),
+    ],
+)
+def test_which_gpus_a_build_is_for(architectures, capability, expected):
+    assert cuda.has_code_for(architectures, capability) is expected
+
+
+@needs_module
+def test_the_kernels_are_in_the_audits_table(capsys):
+    from mambaout_kernels.cli import main
+
+    pytest.importorskip("triton")
+    arguments = ["audit", "--backend", "cuda", "--target", "sm_90", "--dtype", "float32"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "cuda forward" in shown
+    assert "cuda backward" in shown
+    assert main([*arguments, "--kernel", "forward", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["backend"], row["kernel"], row["spills"]) for row in rows] == [("cuda", "forward", 0)]
+    assert len(rows[0]["stages"]) == 4
+
+
+@needs_module
+def test_too_many_pixels_are_refused():
+    """By supported(), which the op asks before it does anything; what it takes is right (test_cuda_host.py)."""
     from mambaout_kernels import _C_cuda
 
-    device = next((d for d in devices() if d.target == compiled[0].target), None)
-    if device is None:
-        pytest.skip(f"no datasheet for {compiled[0].target}")
-    major = int(device.target[3:-1])
-    lanes = 1 if major < 10 else 2
-    for shape in shapes.stages("mambaout_tiny"):
-        sizes = (GPU_BATCH, shape.height, shape.width, shape.hidden, shape.conv_channels, shape.kernel_size)
-        for dtype, element_bytes in (("float32", 4), ("bfloat16", 2)):
-            plan = _C_cuda.launch_plans(sizes, element_bytes, device.multiprocessors, major)["forward"]
-            kernel = next(
-                k for k in compiled
-                if (k.name, k.dtype, k.kernel_size, k.aligned, k.lanes) == ("forward", dtype, 7, True, lanes)
-            )  # fmt: skip
-            blocks = device.resident_blocks(kernel.registers, plan["threads"], plan["shared_bytes"])
-            assert blocks * plan["bytes_ahead"] >= 40_000, (shape.label, dtype, plan)
-            assert plan["blocks"] >= device.multiprocessors
+    most = 2**31 - 1024
+    for sizes in ((most, 1, 1, 8, 8, 7), (1, most, 1, 8, 8, 7), (1, 1, most // 8, 8, 8, 7)):
+        assert _C_cuda.launch_plans(sizes, 2, 132, 9)["forward"]["blocks"] > 0
+    for sizes in ((most + 1, 1, 1, 8, 8, 7), (1, 1, 2**28, 8, 8, 7), (1, 1, 1, 2**20 + 1, 8, 7)):
+        with pytest.raises(ValueError, match="beyond what the kernels take"):
+            _C_cuda.launch_plans(sizes, 2, 132, 9)
 
 
 @needs_module
@@ -102,7 +188,7 @@ def compile_kernels(folder, right="", wrong=""):
 @needs_nvcc
 @needs_cuobjdump
 def test_the_gates_see_spills(tmp_path):
-    kernel = compile_kernels(tmp_path, "kLanes == 1 ? 3 : 2", "kLanes == 1 ? 5 : 2")["forward K=7 bfloat16 aligned"]
+    kernel = compile_kernels(tmp_path, "kLanes == 1 ? 3 : 4", "kLanes == 1 ? 5 : 4")["forward K=7 bfloat16 aligned"]
     assert kernel.spills > 0
     assert any("spills" in failure for failure in kernel.failures())
 
@@ -113,26 +199,42 @@ def test_the_gates_see_narrow_accesses_and_lost_multiply_adds(tmp_path):
     kernel = compile_kernels(tmp_path)["forward K=7 bfloat16 unaligned"]
     seen = {**vars(kernel), "aligned": True, "multiply_adds": kernel.multiply_adds * 2}
     failures = " ".join(audit.NativeKernel(**seen).failures())
-    for expected in ("copies narrower", "no 16-byte loads", "are stored less than", "multiply-adds per output"):
+    for expected in ("copies narrower", "are loaded less than", "are stored less than", "multiply-adds per output"):
         assert expected in failures
+
+
+def configure(folder, path=None, cuda="ON", **environment):
+    """What CMake says, run with this PATH."""
+    pybind11 = pytest.importorskip("pybind11")
+    path = os.pathsep.join([os.path.dirname(sys.executable), path or os.environ["PATH"]])
+    if shutil.which("cmake", path=path) is None or shutil.which("ninja", path=path) is None:
+        pytest.skip("no cmake or no ninja")
+    command = [
+        "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DMAMBAOUT_CUDA={cuda}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]  # fmt: skip
+    return subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
 
 
 def architectures(folder, wanted):
     """What CMake tells nvcc to build for under this TORCH_CUDA_ARCH_LIST."""
-    pybind11 = pytest.importorskip("pybind11")
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": wanted}
-    path = environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
-    command = [
-        "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DMAMBAOUT_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    if shutil.which("cmake", path=path) is None or shutil.which("ninja", path=path) is None:
-        pytest.skip("no cmake or no ninja")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = configure(folder, TORCH_CUDA_ARCH_LIST=wanted)
     if done.returncode != 0:
         return " ".join(done.stderr.split())
     found = re.findall(r"code=\[([^\]]+)\]", (folder / "build.ninja").read_text())
     return sorted({code for codes in found for code in codes.split(",")})
+
+
+def test_without_nvcc_the_module_is_left_out(tmp_path):
+    path = os.pathsep.join(p for p in ("/usr/bin", "/bin") if os.path.isdir(p))
+    if shutil.which("nvcc", path=path) or "CUDACXX" in os.environ or shutil.which("c++", path=path) is None:
+        pytest.skip("nvcc is among the system's programs, or no compiler is")
+    done = configure(tmp_path / "auto", path, cuda="AUTO")
+    assert done.returncode == 0, done.stderr
+    targets = (tmp_path / "auto" / "build.ninja").read_text()
+    assert "build _C." in targets
+    assert "_C_cuda" not in targets
+    assert "MAMBAOUT_CUDA=ON, but no CUDA compiler was found" in configure(tmp_path / "on", path).stderr
 
 
 @needs_nvcc

@@ -83,6 +83,7 @@ LAYOUTS = {
     "not aligned": {"offset": (2, 2)},
     "dy alone not aligned": {"offset": (0, 2)},
     "dy alone spaced": {"spare": (0, 8)},
+    "weights not aligned": {"weight_offset": 1},
 }
 
 
@@ -102,6 +103,38 @@ def test_zero_sizes_touch_nothing(shape):
     assert y.numel() == du.numel() == 0
     assert dweight.isnan().all()  # the caller's
     assert dbias.isnan().all()
+
+
+def check_the_last_images(check_name, shape, images_before, last_blocks, dtype, backward):
+    """Of a tensor so large that its other images, zeros, exist as addresses only; overflow traps in "memory"."""
+    inputs, theirs_of, truth_of = case(shape, dtype, "gelu")
+    program = host.build(check_name, (torch.float32, torch.bfloat16))
+    how = {"images_before": images_before, "last_blocks": last_blocks, "backward": backward}
+    results = host.run(program, inputs, "gelu", **how)
+    for index in range(2 if backward else 1):
+        assert_no_worse(results[index], theirs_of[index], truth_of[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [7, 9])
+def test_beyond_2_to_the_31_elements(K, dtype):
+    H, W, D = 3, 5, 16384
+    images = 2**31 // (H * W * D) + 1
+    # All channels of the last images: 64 blocks each with a filter of its own, else one for each 256 values.
+    blocks = 256 if K == 7 else 2 * H * -(-W * D // 256)
+    check_the_last_images("memory", (2, H, W, D, 16, K), images, blocks, dtype, backward=False)
+    if K == 7:
+        check_the_last_images("plain", (2, H, W, D, 16, K), images, blocks, dtype, backward=True)
+
+
+@pytest.mark.parametrize("K", [7, 9])
+def test_the_most_pixels(K):
+    H, W = 3, 5
+    images = (2**31 - 1024) // (H * W)
+    last = 2 * H if K == 9 else 4
+    check_the_last_images("memory", (2, H, W, 8, 8, K), images - 2, last, torch.bfloat16, backward=False)
+    with pytest.raises(Fault, match="not supported"):
+        check_the_last_images("memory", (2, H, W, 8, 8, K), images - 1, last, torch.bfloat16, backward=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,7 +199,7 @@ def test_memory_and_races(kind, shape, dtype):
     schedule = Schedule(order=2, late_copies=kind == "memory")
     check(program, shape, dtype, schedule=schedule, device=FEW)
     check(program, shape, dtype, schedule=schedule, device=Device(148, 10))
-    check(program, shape, dtype, schedule=schedule, spare=(2, 1))
+    check(program, shape, dtype, schedule=schedule, spare=(2, 1), weight_offset=1)
 
 
 def planted(tmp_path, file, right, wrong):

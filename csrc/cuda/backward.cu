@@ -91,7 +91,10 @@ LaunchPlan backward_plan_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvShape& shape
     using Traits = decltype(traits);
     const Tiling t = tiling_of<Traits>(shape);
     const int row_bytes = 3 * t.chunks * Traits::row_elements(t) * static_cast<int>(sizeof(T));
-    plan = {t.blocks(), Traits::threads(t), Traits::shared_bytes(t), Traits::kAhead * row_bytes};
+    const int identity = static_cast<int>((shape.D - shape.C) * sizeof(T)) * t.strips * Traits::kStrip / t.chunk_groups;
+    const int batch = Traits::kBatch * Traits::threads(t) * (Traits::kAligned ? 16 : static_cast<int>(sizeof(T)));
+    plan = {t, Traits::kStrip, Traits::threads(t), Traits::shared_bytes(t),
+            Traits::kAhead * row_bytes + 3 * std::min(identity, batch)};
   });
   return plan;
 }

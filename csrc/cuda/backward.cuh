@@ -116,10 +116,8 @@ __device__ __forceinline__ void gated_dwconv_bwd(const BackwardArgs<typename Tra
   Value weight[K * K], bias = Value::zero();
   {
     float* const staged = reinterpret_cast<float*>(ring);
-    for (int k = 0; k < tiling.chunks; ++k) {
-      stage_weights<T, K>(staged + k * kChunk * K * K, args.weight, args.weight_is_float32,
-                          (place.group * tiling.chunks + k) * kChunk, C);
-    }
+    const int first = place.group * tiling.chunks * kChunk;
+    stage_weights<T, K>(staged, args.weight, args.weight_is_float32, first, min(tiling.chunks * kChunk, C - first));
     __syncthreads();
     read_weights<K, 1>(staged + chunk * kChunk * K * K, lane, weight);
     if (staging) bias = load_bias<T, 1>(args.bias, args.bias_is_float32, c0 + lane, C);

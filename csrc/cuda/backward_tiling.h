@@ -19,7 +19,8 @@ inline Tiling backward_tiling(int N, int H, int W, int C, int identity_packets, 
   request.packets_per_block = packets_per_block;
   request.strip = kBackwardStrip;
   request.max_groups = kBackwardGroups;
-  request.wanted_blocks = 264;  // two to a multiprocessor of an H100
+  request.multiprocessors = 132;  // of an H100; whatever the device, for the same bits on all
+  request.wanted_blocks = 2 * request.multiprocessors;
   request.waves = 2;
   request.most_rows = 1 << 20;
   return choose_tiling(request);

@@ -9,9 +9,8 @@ namespace mambaout_kernels::cuda {
 
 bool supported(const GatedDwconvShape& shape) {
   // Distances within a tile, and numbers of pixels and of partial sums, are 32-bit in the kernels.
-  constexpr std::int64_t kMost = std::int64_t{1} << 31;
-  return shape.dtype != DType::kFloat64 && shape.D <= kMostChannels && shape.N * shape.H * shape.W < kMost &&
-         shape.W * shape.D < kMost;
+  return shape.dtype != DType::kFloat64 && shape.D <= kMostChannels && shape.N * shape.H * shape.W <= kMostPixels &&
+         shape.W * shape.D < std::int64_t{1} << 31;
 }
 
 namespace {

@@ -16,19 +16,20 @@ Tiling tiling_of(const GatedDwconvShape& shape, const Device& device) {
   request.strip = Traits::kStrip;
   request.max_groups = Traits::kMaxGroups;
   request.packets_per_block = (P::kChannels == 1 ? 8 : 4) * Traits::kMaxThreads;
+  request.multiprocessors = device.multiprocessors;
   request.wanted_blocks = Traits::kMinBlocks * device.multiprocessors;
   request.waves = 4;
   request.most_rows = 28;
   return choose_tiling(request);
 }
 
-// f(traits) of the kernel for a filter; false where it has none of its own. From compute capability 10.0 on, one
-// instruction does two multiply-adds: there, two channels to a thread.
+// f(traits) of the kernel for a filter; false where it has none of its own. At compute capability 10 one instruction
+// does two multiply-adds: there, two channels to a thread. At 12 it is two instructions again.
 template <typename T, int K, typename F>
 bool with_filter(bool aligned, const Device& device, F f) {
   if (!aligned) {
     f(ForwardTraits<T, K, false, 1, 7>{});
-  } else if (device.major < 10) {
+  } else if (device.major != 10) {
     f(ForwardTraits<T, K, true, 1, 7>{});
   } else {
     f(ForwardTraits<T, K, true, 2, 4>{});
@@ -86,7 +87,7 @@ LaunchPlan forward_plan_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvShape& shape,
     const int stage_bytes = t.chunks * Traits::chunk_elements(t) * static_cast<int>(sizeof(T));
     const int identity = static_cast<int>((shape.D - shape.C) * sizeof(T)) * t.strips * Traits::kStrip / t.chunk_groups;
     const int batch = Traits::kBatch * Traits::threads(t) * (Traits::kAligned ? 16 : static_cast<int>(sizeof(T)));
-    plan = {t.blocks(), Traits::threads(t), Traits::shared_bytes(t),
+    plan = {t, Traits::kStrip, Traits::threads(t), Traits::shared_bytes(t),
             (Traits::kStages - 1) * stage_bytes + 2 * std::min(identity, batch)};
   });
   return plan;

@@ -32,7 +32,9 @@ struct ForwardTraits {
   static constexpr int K = K_, R = K / 2, kLanes = kLanes_, kStrip = kStrip_;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kGroup = kChunk / kLanes;  // threads
-  static constexpr int kMaxThreads = 128, kMinBlocks = kAligned && kLanes == 1 ? 3 : 2;
+  // Two channels to a thread: for GPUs whose memory is so fast that blocks must be small to be shared out evenly.
+  static constexpr int kMaxThreads = kLanes == 1 ? 128 : 64, kMinBlocks = !kAligned ? 2 : kLanes == 1 ? 3 : 4;
+  static constexpr bool kKeepPlaces = kLanes == 2;  // of identity packets, in registers: one more spills at one channel
   static constexpr int kMaxGroups = kMaxThreads / kGroup;
   static constexpr int kStages = sizeof(T) == 2 ? 6 : 4;
   static constexpr int kBatch = kAligned ? 2 : 4;
@@ -79,10 +81,9 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
   Values weight[K * K], bias = Values::zero();
   {
     float* const staged = reinterpret_cast<float*>(ring);
-    for (int k = 0; k < tiling.chunks; ++k) {
-      stage_weights<T, K>(staged + k * kChunk * K * K, args.weight, args.weight_is_float32,
-                          (place.group * tiling.chunks + k) * kChunk, args.C);
-    }
+    const int first = place.group * tiling.chunks * kChunk;
+    stage_weights<T, K>(staged, args.weight, args.weight_is_float32, first,
+                        min(tiling.chunks * kChunk, args.C - first));
     __syncthreads();
     if (staging) {
       read_weights<K, Traits::kLanes>(staged + chunk * kChunk * K * K, c, weight);
@@ -118,6 +119,12 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
     if (index >= share.count()) return IdentityPlace{-1, 0, 0};
     return IdentityPlace::of<Share::kChannels>(share, index, args.u_pitch, 0, D);
   };
+  IdentityPlace places[kBatch];  // the same in every row
+#pragma unroll
+  for (int b = 0; b < kBatch; ++b) places[b] = identity_place(threadIdx.x + b * blockDim.x);
+  const auto own_place = [&](int b) {
+    return Traits::kKeepPlaces ? places[b] : identity_place(threadIdx.x + b * blockDim.x);
+  };
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) stage_next(s);
   RowStep at{place.n0, first};
@@ -135,7 +142,6 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
     const bool yields = at.row - R >= place.h0;
     const T* const u_row = args.u + at.pixel(R, place.w0, H, W) * args.u_pitch;  // of the row that is yielded
     IdentityForward<T, Traits::kAligned, kBatch> batch;
-    const auto own_place = [&](int b) { return identity_place(threadIdx.x + b * blockDim.x); };
     if (yields) batch.load(own_place, u_row, D);
 
     T* const stage = ring + slot * stage_elements;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../gated_dwconv.h"
+#include "tiling.h"
 
 namespace mambaout_kernels::cuda {
 
@@ -10,19 +11,20 @@ struct Device {
   int major;  // of its compute capability
 };
 
-constexpr std::int64_t kMostChannels = 1 << 20;  // D
-constexpr std::int64_t kMostSpacing = 1 << 24;   // elements from one pixel of u or dy to the next
+constexpr std::int64_t kMostChannels = 1 << 20;                       // D
+constexpr std::int64_t kMostPixels = (std::int64_t{1} << 31) - 1024;  // so that a tile may reach beyond the last
+constexpr std::int64_t kMostSpacing = 1 << 24;                        // elements from one pixel of u or dy to the next
 
-// No fp64; D up to kMostChannels; fewer than 2^31 pixels, and than 2^31 values in a row of y.
+// No fp64; D up to kMostChannels; up to kMostPixels pixels, and fewer than 2^31 values in a row of y.
 // The pixels of u and dy lie evenly spaced in memory: stride_h = W * stride_w and stride_n = H * stride_h. Both begin
 // at a multiple of 4 bytes, and for two-byte types the spacing of u is even.
 bool supported(const GatedDwconvShape& shape);
 
 // What a launch is made of, for a contiguous u; all 0 where the filter has no kernel of its own.
 struct LaunchPlan {
-  std::int64_t blocks;
-  int threads, shared_bytes;  // of a block
-  int bytes_ahead;            // that a block has under way from global memory while it computes
+  Tiling tiling;
+  int strip, threads, shared_bytes;  // of a block
+  int bytes_ahead;                   // that a block has under way from global memory while it computes
 };
 LaunchPlan forward_plan(const GatedDwconvShape& shape, const Device& device);
 LaunchPlan backward_plan(const GatedDwconvShape& shape);

@@ -87,6 +87,19 @@ __device__ __forceinline__ unsigned to_bits(Lanes<2> value) {
   }
 }
 
+// Products of two pairs of 16-bit elements, each rounded once.
+template <typename T>
+__device__ __forceinline__ unsigned multiply_bits(unsigned a, unsigned b) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  const Pair product = __hmul2(x, y);
+  unsigned bits;
+  memcpy(&bits, &product, 4);
+  return bits;
+}
+
 template <typename T>
 __device__ __forceinline__ Lanes<2> Lanes<2>::load(const T* from) {
   if constexpr (sizeof(T) == 4) {

@@ -28,6 +28,22 @@ struct Packet<T, true> {
       return from_bits<T>(pair == 0 ? bits.x : pair == 1 ? bits.y : pair == 2 ? bits.z : bits.w);
     }
   }
+  // value * other's, in 16 bits as PyTorch does it: the gate is rounded once more than in fp32, and a third of the
+  // instructions around it is saved.
+  __device__ __forceinline__ void set_product(int pair, Lanes<2> value, const Packet& other) {
+    if constexpr (sizeof(T) == 4) {
+      set(pair, value * other.get(pair));
+    } else {
+      const unsigned factor = pair == 0   ? other.bits.x
+                              : pair == 1 ? other.bits.y
+                              : pair == 2 ? other.bits.z
+                                          : other.bits.w;
+      (pair == 0   ? bits.x
+       : pair == 1 ? bits.y
+       : pair == 2 ? bits.z
+                   : bits.w) = multiply_bits<T>(to_bits<T>(value), factor);
+    }
+  }
   __device__ __forceinline__ void set(int pair, Lanes<2> value) {
     if constexpr (sizeof(T) == 4) {
       (pair == 0 ? bits.x : bits.z) = __float_as_uint(value.x.x);
@@ -48,6 +64,9 @@ struct Packet<T, false> {
   __device__ __forceinline__ void store(T* to) const { *to = element; }
   __device__ __forceinline__ Lanes<1> get(int) const { return {to_float(element)}; }
   __device__ __forceinline__ void set(int, Lanes<1> value) { element = from_float<T>(value.x); }
+  __device__ __forceinline__ void set_product(int, Lanes<1> value, const Packet& other) {
+    element = from_float<T>(value.x * to_float(other.element));
+  }
 };
 
 // act(g) * i
@@ -55,7 +74,7 @@ template <typename Gate, typename P>
 __device__ __forceinline__ P gated(Gate, const P& g, const P& i) {
   P y{};
 #pragma unroll
-  for (int pair = 0; pair < P::kPairs; ++pair) y.set(pair, Gate::value(g.get(pair)) * i.get(pair));
+  for (int pair = 0; pair < P::kPairs; ++pair) y.set_product(pair, Gate::value(g.get(pair)), i);
   return y;
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <climits>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -109,6 +110,7 @@ inline void check(cudaError_t status, const char* what) {
 template <typename Args>
 void launch_kernel(void (*kernel)(Args), std::int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
                    const Args& args) {
+  if (blocks > INT_MAX) throw std::runtime_error("gated_dwconv: more blocks than a launch can have");
   constexpr int kGrantedBytes = 48 * 1024;  // without asking
   if (shared_bytes > kGrantedBytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),

@@ -16,9 +16,9 @@ struct BlockPlace {
     w0 = (block % t.w_tiles) * tile_w;
     block /= t.w_tiles;
     h0 = (block % t.segments) * t.segment_rows;
-    h1 = min(h0 + t.segment_rows, H);
+    h1 = h0 + min(t.segment_rows, H - h0);
     n0 = (block / t.segments) * t.images_per_block;
-    n1 = min(n0 + t.images_per_block, N);
+    n1 = n0 + min(t.images_per_block, N - n0);
   }
 };
 
@@ -121,13 +121,30 @@ __device__ __forceinline__ float load_parameter(const void* parameter, bool is_f
   return is_float32 ? static_cast<const float*>(parameter)[index] : to_float(static_cast<const T*>(parameter)[index]);
 }
 
-// weight (C, 1, K, K) of channels [c0, c0 + kChunk) into shared [kChunk][K * K]; zeros beyond C. All threads.
+// weight (C, 1, K, K) of channels [c0, c0 + channels) into shared [channels][K * K], 16 bytes at a time where they are
+// aligned. All threads; complete behind the next barrier. channels <= 0: nothing.
 template <typename T, int K>
-__device__ __forceinline__ void stage_weights(float* to, const void* weight, bool is_float32, int c0, int C) {
-  const std::int64_t first = static_cast<std::int64_t>(c0) * K * K, end = static_cast<std::int64_t>(C) * K * K;
-  for (int i = threadIdx.x; i < kChunk * K * K; i += blockDim.x) {
-    to[i] = first + i < end ? load_parameter<T>(weight, is_float32, first + i) : 0.0f;
+__device__ __forceinline__ void stage_weights(float* to, const void* weight, bool is_float32, int c0, int channels) {
+  const std::int64_t first = static_cast<std::int64_t>(c0) * K * K;
+  const int count = channels * K * K, threads = blockDim.x;
+  if (sizeof(T) == 4 || is_float32) {
+    const float* const from = static_cast<const float*>(weight) + first;
+    const int whole = reinterpret_cast<std::uintptr_t>(from) % 16 == 0 ? count & ~3 : 0;
+    for (int i = threadIdx.x * 4; i < whole; i += threads * 4) copy_async_16(to + i, from + i);
+    for (int i = whole + threadIdx.x; i < count; i += threads) to[i] = from[i];
+  } else {
+    using Wide = Packet<T, true>;
+    const T* const from = static_cast<const T*>(weight) + first;
+    const int whole = reinterpret_cast<std::uintptr_t>(from) % 16 == 0 ? count / Wide::kChannels * Wide::kChannels : 0;
+    for (int i = threadIdx.x * Wide::kChannels; i < whole; i += threads * Wide::kChannels) {
+      const Wide values = Wide::load(from + i);
+#pragma unroll
+      for (int pair = 0; pair < Wide::kPairs; ++pair) values.get(pair).store(to + i + 2 * pair);
+    }
+    for (int i = whole + threadIdx.x; i < count; i += threads) to[i] = to_float(from[i]);
   }
+  commit_copies();
+  wait_copies<0>();
 }
 // All taps of this thread's channels, the first of which is `channel` of the chunk.
 template <int K, int kLanes>

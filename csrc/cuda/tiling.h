@@ -27,14 +27,28 @@ struct TilingRequest {
   int strip;              // pixels
   int max_groups;         // of a block
   int packets_per_block;  // identity packets that a block can take along with one row of its convolution
-  int wanted_blocks;      // enough to fill the device once
-  int waves;              // how often it is filled before a block is given a second image
-  int most_rows;          // of a block with several images
+  int multiprocessors;
+  int wanted_blocks;  // enough to fill the device once
+  int waves;          // how often it is filled before a block is given a second image
+  int most_rows;      // of a block with several images
 };
 
 inline int ceil_div(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
 // The size of equal parts, none above `most`.
 inline int balanced(int total, int most) { return ceil_div(total, ceil_div(total, most)); }
+
+// Likewise of parts that may be smaller, down to half of `most`, where the multiprocessor with the most of them is done
+// sooner: there are `times` as many parts, and they are shared out over `multiprocessors`.
+inline int fitting(int total, int most, std::int64_t times, int multiprocessors) {
+  const auto longest = [=](int size) {
+    return std::int64_t{ceil_div(ceil_div(total, size) * times, multiprocessors)} * size;
+  };
+  int best = balanced(total, most);
+  for (int size = most; 2 * size > most; --size) {
+    if (longest(size) < longest(best)) best = size;
+  }
+  return best;
+}
 
 inline Tiling choose_tiling(const TilingRequest& r) {
   constexpr int kFewestRows = 4;  // below, a segment is mostly halo
@@ -42,7 +56,8 @@ inline Tiling choose_tiling(const TilingRequest& r) {
   const int strips = ceil_div(r.W, r.strip), chunks = std::max(1, ceil_div(r.C, kChunk));
   t.strips = balanced(strips, r.max_groups);
   t.w_tiles = ceil_div(strips, t.strips);
-  t.chunks = r.C == 0 ? r.max_groups / t.strips : balanced(chunks, r.max_groups / t.strips);
+  t.chunks = r.C == 0 ? r.max_groups / t.strips
+                      : fitting(chunks, r.max_groups / t.strips, std::int64_t{r.N} * t.w_tiles, r.multiprocessors);
   const int conv_groups = ceil_div(chunks, t.chunks);
   const int identity_groups =
       ceil_div(static_cast<std::int64_t>(r.identity_packets) * t.strips * r.strip, r.packets_per_block);

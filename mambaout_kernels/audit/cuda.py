@@ -3,14 +3,16 @@
 Nothing is run: the module's machine code is disassembled by cuobjdump, of a CUDA toolkit or of Triton's wheel.
 """
 
+import functools
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import sass
+from . import flow, sass
 
 _ELEMENTS = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 _TYPED = "|".join(_ELEMENTS)
@@ -33,6 +35,7 @@ class NativeKernel:
     strip: int  # pixels of a thread, in a row
     registers: int
     stack_bytes: int
+    code: Sequence[sass.Instruction]
     instructions: Counter[str]
     multiply_adds: int  # outside of the activations; a pair counts twice
 
@@ -45,6 +48,11 @@ class NativeKernel:
 
     def count(self, prefix: str, *, without: str = "\0") -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefix) and without not in name)
+
+    def main_loop_widths(self, name: str) -> Counter[int]:
+        """Of the accesses with this opcode in the main loop, by bytes."""
+        loop = flow.main_loop(self.code)
+        return Counter(line.bytes for line in self.code if line.name == name and line.address in loop)
 
     @property
     def spills(self) -> int:
@@ -62,16 +70,14 @@ class NativeKernel:
         if self.spills or self.stack_bytes:
             found.append(f"spills: {self.spills} instructions, {self.stack_bytes} bytes of stack")
         if self.aligned:
-            if self.count("LDGSTS", without=".128"):
-                found.append("asynchronous copies narrower than 16 bytes")
-            if not self.count("LDGSTS") or not self.count("LDG.E.128"):
-                found.append("no 16-byte loads")
-            # Parameters are read, and partial sums written, 4 bytes or less at a time: plain, not .CONSTANT.
-            if sum(n for name, n in self.instructions.items() if "CONSTANT" in name and ".128" not in name):
-                found.append("activations are loaded less than 16 bytes at a time")
-            narrow = self.count("STG", without=".128")
-            if not self.count("STG.E.128") or (self.name == "forward" and narrow):
-                found.append("outputs are stored less than 16 bytes at a time")
+            # Activations move in the main loop; parameters before it and partial sums behind it, at other widths.
+            for name, what in (
+                ("LDGSTS", "asynchronous copies narrower than 16 bytes"),
+                ("LDG", "activations are loaded less than 16 bytes at a time"),
+                ("STG", "outputs are stored less than 16 bytes at a time"),
+            ):
+                if self.main_loop_widths(name).keys() != {16}:
+                    found.append(what)
         size, share = self.kernel_size, self.multiply_adds_per_output
         if size is not None and size > 3 and share is not None:
             taps = size * size * (1 if self.name == "forward" else 3)
@@ -105,6 +111,7 @@ def ptx_targets(module: Path) -> list[str]:
     return sorted(set(re.findall(r"\.(sm_\d+)[af]?\.ptx", _cuobjdump("-lptx", str(module)))))
 
 
+@functools.cache
 def kernels(module: Path, target: str) -> list[NativeKernel]:
     """All kernels of a module for a target. FileNotFoundError without a cuobjdump."""
     usage = {}
@@ -128,18 +135,20 @@ def _cuobjdump(*arguments: str) -> str:
 def _kernel(name: str, target: str, text: str, registers: int, stack: int) -> NativeKernel | None:
     blocks = _straight_lines(text)
     instructions = Counter(opcode for block in blocks for opcode in block)
+    code = sass.parse(text)
     own, other = _OWN_FILTER.search(name), _OTHER.search(name)
     if own is not None:
         direction, element, size, aligned, lanes, strip = own.groups()
         multiply_adds = _multiply_adds(blocks, direction == "fwd")
         return NativeKernel(
             "forward" if direction == "fwd" else "backward", target, _ELEMENTS[element], int(size), aligned == "1",
-            int(lanes or 1), int(strip), registers, stack, instructions, multiply_adds,
+            int(lanes or 1), int(strip), registers, stack, code, instructions,
+            multiply_adds,
         )  # fmt: skip
     if other is not None:
         title = other[1].replace("_", " ")
         return NativeKernel(
-            title, target, _ELEMENTS[other[2]], None, None, 1, 1, registers, stack, instructions, 0
+            title, target, _ELEMENTS[other[2]], None, None, 1, 1, registers, stack, code, instructions, 0
         )  # fmt: skip
     return None
 

@@ -18,7 +18,10 @@ _RESERVED_SHARED = 1024  # of each block
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU. Per multiprocessor: fp32 multiply-adds per cycle, resident warps and blocks, shared memory."""
+    """One GPU. Per multiprocessor: fp32 multiply-adds per cycle, resident warps and blocks, shared memory.
+
+    clock: what the datasheet says about ghz.
+    """
 
     name: str
     target: str
@@ -29,6 +32,7 @@ class Device:
     warps: int
     blocks: int
     shared_kib: int
+    clock: str = ""
 
     def resident_blocks(self, registers: int, threads: int, shared_bytes: int) -> int:
         """Blocks per multiprocessor, by CUDA's occupancy formula."""

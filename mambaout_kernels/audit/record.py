@@ -8,8 +8,9 @@ class CompiledKernel:
     """One kernel for one dtype and target. Give `cubin` (NVIDIA) or `assembly` (AMD).
 
     name: "forward", "gate_backward", "input_gradient" or "weight_gradient", which says what bytes it moves.
-    block_h, block_w, block_d: output rows, pixels and channels of one block. weight_gradient: block_h is 1, for a block
-    walks down the image.
+    block_h, block_w, block_d: output rows, columns and channels of one block; the columns of all images are counted
+    through. weight_gradient: block_h is 1, for a block walks down the image; parts: of the filter, blocks for the same
+    pixels and channels.
     """
 
     backend: str
@@ -23,6 +24,8 @@ class CompiledKernel:
     block_h: int
     block_w: int
     block_d: int
+    parts: int = 1
+    aligned: bool = True
     cubin: bytes | None = None
     assembly: str | None = None
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..benchmarking import shapes
 from .devices import device
 from .record import CompiledKernel
-from .roofline import Prediction, Shape, floor_elements, l2_elements, partial_bytes, predict
+from .roofline import Prediction, Shape, channel_programs, floor_elements, l2_elements, partial_bytes, predict
 from .table import LEAST_SHARE, Row, failures, row
 
 
@@ -35,6 +35,9 @@ class Entry:
             "kernel": kernel.name,
             "dtype": kernel.dtype,
             "target": kernel.target,
+            "filter": kernel.K,
+            "activation": kernel.act,
+            "aligned": kernel.aligned,
             "tile": [kernel.block_h, kernel.block_w, kernel.block_d],
             "threads": kernel.threads,
             "registers": found.registers,
@@ -68,8 +71,8 @@ def _family(variant: str, batch: int) -> Iterator[tuple[str, Shape]]:
 
 def _stage(kernel: CompiledKernel, found: Row, label: str, shape: Shape, programs: int) -> Stage:
     if kernel.name == "weight_gradient":  # its loops run over the maps
-        shares = max(1, programs // -(-shape.C // kernel.block_d))
-        items = shape.N * -(-shape.W // kernel.block_w)
+        shares = max(1, programs // channel_programs(kernel, shape))
+        items = -(-shape.N * shape.W // kernel.block_w)
         found = row(kernel, shape.H, max(1.0, items / shares))
     elements = floor_elements(kernel.name, shape) * kernel.element_bytes
     return Stage(
@@ -81,12 +84,21 @@ def _stage(kernel: CompiledKernel, found: Row, label: str, shape: Shape, program
     )
 
 
+def aligned(shape: Shape, element_bytes: int) -> bool:
+    """Whether every branch of every pixel begins and ends at a multiple of 16 bytes, in a contiguous u."""
+    return shape.D * element_bytes % 16 == 0 and shape.C * element_bytes % 16 == 0
+
+
 def entry(kernel: CompiledKernel, variant: str = "mambaout_tiny", batch: int = 128, programs: int = 512) -> Entry:
-    """Read one kernel of any backend. `programs`: how many share the weight gradient."""
+    """Read one kernel, for those of the variant's stages that launch it. `programs`: sharing the weight gradient."""
     found = row(kernel)
     stages = []
     if kernel.cubin is not None:
-        stages = [_stage(kernel, found, label, shape, programs) for label, shape in _family(variant, batch)]
+        stages = [
+            _stage(kernel, found, label, shape, programs)
+            for label, shape in _family(variant, batch)
+            if aligned(shape, kernel.element_bytes) == kernel.aligned
+        ]
     broken = failures(found)
     if kernel.name == "forward":
         broken += [
@@ -98,7 +110,7 @@ def entry(kernel: CompiledKernel, variant: str = "mambaout_tiny", batch: int = 1
 
 
 HEADINGS = (
-    "target", "kernel", "dtype", "tile", "warps", "regs", "spills", "shared", "16-byte ld/st", "FMA/output",
+    "target", "kernel", "dtype", "shapes", "tile", "warps", "regs", "spills", "shared", "16-byte ld/st", "FMA/output",
     "barriers", "occupancy", "KiB in flight", "gates",
 )  # fmt: skip
 
@@ -119,8 +131,9 @@ def _line(e: Entry) -> tuple[str, ...]:
     others = sum(found.loads.values()) + sum(found.stores.values()) - found.loads[16] - found.stores[16]
     return (
         kernel.target,
-        kernel.name,
+        f"{kernel.backend} {kernel.name}",
         kernel.dtype,
+        "aligned" if kernel.aligned else "others",
         f"{kernel.block_h}x{kernel.block_w}x{kernel.block_d}",
         str(kernel.threads // warp),
         str(found.registers),
@@ -143,7 +156,7 @@ def stage_lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     return [
         (
             device(e.row.kernel.target).name,
-            e.row.kernel.name,
+            f"{e.row.kernel.backend} {e.row.kernel.name}",
             e.row.kernel.dtype,
             s.label,
             f"{s.bytes_per_pixel:.0f}",
@@ -155,3 +168,11 @@ def stage_lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
         for e in entries
         for s in e.stages
     ]
+
+
+def markdown(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table for a note; empty without cells."""
+    if not cells:
+        return ""
+    rows = [headings, ["---"] * len(headings), *cells]
+    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

@@ -1,5 +1,6 @@
 """NVIDIA machine code: disassembly, loops, counts of what is executed, loads that are in flight together."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -29,10 +30,8 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Width of a memory access by one thread."""
-        for suffix, width in ((".128", 16), (".64", 8), ("16", 2), ("8", 1)):
-            if self.opcode.endswith(suffix):
-                return width
-        return 4
+        widths = {"128": 16, "64": 8, "16": 2, "U16": 2, "S16": 2, "8": 1, "U8": 1, "S8": 1}
+        return next((widths[part] for part in self.opcode.split(".") if part in widths), 4)
 
 
 def cuobjdump() -> str:
@@ -47,6 +46,7 @@ def cuobjdump() -> str:
     return found
 
 
+@functools.lru_cache(maxsize=16)
 def disassemble(cubin: bytes) -> tuple[str, int, int]:
     """(text, registers per thread, stack bytes) of a cubin with one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -125,8 +125,13 @@ def _registers(operands: str) -> list[int]:
 
 
 def bytes_in_flight(path: Iterable[Instruction]) -> int:
-    """The most bytes that one thread has asked of global memory before it needs the first of them."""
+    """The most bytes that one thread has asked of global memory before it needs the first of them.
+
+    A load into registers is needed by the first instruction that names one of them; asynchronous copies to shared
+    memory by the DEPBAR that lets no more than so many of their groups be under way.
+    """
     pending: dict[int, tuple[int, int]] = {}  # register -> (address of its load, bytes of that load)
+    groups = [0]  # bytes of copies, by group, oldest first; the last one is open
     most = 0
     for line in path:
         needed = {pending[r][0] for r in _registers(line.operands) if r in pending}
@@ -135,5 +140,12 @@ def bytes_in_flight(path: Iterable[Instruction]) -> int:
             first = int(_REGISTER.findall(line.operands)[0][0]) if _REGISTER.search(line.operands) else 0
             for r in range(first, first + max(1, line.bytes // 4)):
                 pending[r] = (line.address, line.bytes)
-            most = max(most, sum(dict(pending.values()).values()))
+        elif line.name == "LDGSTS":
+            groups[-1] += line.bytes
+        elif line.name == "LDGDEPBAR":
+            groups.append(0)
+        elif line.name == "DEPBAR":
+            left = re.search(r"0x([0-9a-f]+)", line.operands)
+            groups = groups[max(0, len(groups) - 1 - (int(left[1], 16) if left else 0)) :]
+        most = max(most, sum(dict(pending.values()).values()) + sum(groups))
     return most

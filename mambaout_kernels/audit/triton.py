@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from ..backends.triton_kernels import tiles
@@ -28,20 +29,21 @@ class Configuration:
 
 
 def configurations(
-    targets: tuple[str, ...] = TARGETS, kernel_sizes: tuple[int, ...] = (7,), acts: tuple[str, ...] = ("gelu",)
+    targets: tuple[str, ...] = TARGETS,
+    kernel_sizes: tuple[int, ...] = (7,),
+    acts: tuple[str, ...] = ("gelu",),
+    alignments: tuple[bool, ...] = (True, False),
 ) -> Iterator[Configuration]:
     """What tiles.json launches for the family's maps, each once."""
-    seen = set()
     for target in targets:
-        for kernel in tiles.KERNELS:
-            for dtype, (_, bits) in DTYPES.items():
-                for width in _WIDTHS:
-                    for K in kernel_sizes:
-                        for act in acts if kernel in ("forward", "gate_backward") else acts[:1]:
-                            tile = tiles.choose(target, kernel, bits, width, K)
-                            seen.add(Configuration(kernel, target, dtype, tile, K, act))
-        yield from sorted(seen, key=str)
-        seen.clear()
+        seen = set()
+        for kernel, (dtype, (_, bits)), K, aligned, width in product(
+            tiles.KERNELS, DTYPES.items(), kernel_sizes, alignments, _WIDTHS
+        ):
+            tile = tiles.choose(target, kernel, bits, width, K, aligned)
+            for act in acts if kernel in ("forward", "gate_backward") else acts[:1]:
+                seen.add(Configuration(kernel, target, dtype, tile, K, act, aligned))
+        yield from sorted(seen, key=lambda c: (not c.aligned, str(c)))
 
 
 def _kernel(configuration: Configuration) -> tuple[Any, dict[str, Any]]:
@@ -51,13 +53,12 @@ def _kernel(configuration: Configuration) -> tuple[Any, dict[str, Any]]:
     tile, K = configuration.tile, configuration.K
     constants = {"K": K, "VEC": 16 if configuration.aligned else 1, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d}
     if configuration.kernel == "weight_gradient":
-        group = K if K <= tiles.LARGEST_FAST_FILTER else 1
-        return weight_gradient.weight_gradient_partials, constants | {"GROUP": group}
+        return weight_gradient.weight_gradient_partials, constants | {"GROUP": tiles.group(K)}
     constants["BLOCK_H"] = tile.block_h
     if configuration.kernel == "input_gradient":
         return backward.input_gradient, constants
     function = forward.gated_dwconv_fwd if configuration.kernel == "forward" else backward.gate_backward
-    return function, constants | {"ACT": configuration.act}
+    return function, constants | {"ACT": configuration.act, "STAGES": tile.stages}
 
 
 def _signature(function: Any, constants: dict[str, Any], element: str, aligned: bool) -> tuple[dict, dict]:
@@ -68,7 +69,8 @@ def _signature(function: Any, constants: dict[str, Any], element: str, aligned: 
         types[name] = (
             "constexpr" if name in constants else f"*{element if name in _TYPED else 'fp32'}" if pointer else "i32"
         )
-        if pointer or (aligned and name not in constants and (name in ("D", "C") or "stride" in name)):
+        size = name not in constants and (name in ("D", "C") or "stride" in name)
+        if pointer or name == "padded_C" or (aligned and size):
             multiples[(position,)] = [["tt.divisibility", 16]]
     return types, multiples
 
@@ -98,9 +100,11 @@ def compile_ahead(configuration: Configuration) -> CompiledKernel:
         shared_bytes=compiled.metadata.shared,
         K=configuration.K,
         act=configuration.act,
-        block_h=1 if configuration.kernel == "weight_gradient" else configuration.tile.block_h,
+        block_h=configuration.tile.block_h,
         block_w=configuration.tile.block_w,
         block_d=configuration.tile.block_d,
+        parts=configuration.K // tiles.group(configuration.K) if configuration.kernel == "weight_gradient" else 1,
+        aligned=configuration.aligned,
         cubin=None if amd else compiled.asm["cubin"],
         assembly=compiled.asm["amdgcn"] if amd else None,
     )

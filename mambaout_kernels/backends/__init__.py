@@ -15,11 +15,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from . import preferences
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "MAMBAOUT_KERNELS_BACKEND"
 
-# In order of preference. On CUDA, Triton first: its tiles are chosen per architecture at run time; the CUDA C++
-# kernels, compiled for the architectures of the build, take what Triton is missing for.
+# In order of preference; where Triton and CUDA C++ can both run a call, preferences.json decides.
 _CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
@@ -86,26 +87,29 @@ def _warn_once(message: str) -> None:
 
 
 @functools.cache
-def _available(device_type: str) -> tuple[Backend, ...]:
-    return tuple(load(name) for name in _CANDIDATES.get(device_type, ()) if load(name).unavailable() is None)
+def _available(device_type: str) -> dict[str, Backend]:
+    return {name: load(name) for name in _CANDIDATES.get(device_type, ()) if load(name).unavailable() is None}
 
 
-_default: dict[tuple[str, torch.dtype], Backend] = {}
+_usable_for: dict[tuple[str, int | None, torch.dtype], dict[str, Backend]] = {}
 
 
-def select(u: Tensor, weight: Tensor) -> Backend:
-    """The backend for a call with this u (N, H, W, 2D) and weight.
+def select(u: Tensor, weight: Tensor, backward: bool = False) -> Backend:
+    """The backend for a call with this u (N, H, W, 2D) and weight, forward or backward.
 
-    The forced one, or the best available one that supports device and dtype, else the reference.
+    The forced one; else, of the available ones that support device and dtype, the one that is (on the CPU) or is
+    predicted to be (see preferences.py) the fastest; else the reference.
     """
     if _forced is not None:
         return _select_forced(_forced, u, weight)
-    key = (u.device.type, u.dtype)
-    backend = _default.get(key)
-    if backend is None:
-        usable = (b for b in _available(key[0]) if b.supports(u, weight))
-        backend = _default[key] = next(usable, load("reference"))
-    return backend
+    key = (u.device.type, u.device.index, u.dtype)
+    usable = _usable_for.get(key)
+    if usable is None:
+        found = {name: b for name, b in _available(key[0]).items() if b.supports(u, weight)}
+        usable = _usable_for[key] = found or {"reference": load("reference")}
+    if len(usable) == 1:
+        return next(iter(usable.values()))
+    return usable[preferences.preferred(u, weight, backward)]
 
 
 def _select_forced(name: str, u: Tensor, weight: Tensor) -> Backend:

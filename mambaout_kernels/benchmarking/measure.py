@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from . import accuracy, machine, memory, overhead, workloads
+from . import accuracy, machine, memory, overhead, shapes, workloads
 from .timing import Timing, interleave
 from .workloads import Cell
 
@@ -54,9 +54,14 @@ def _described(cell: Cell, threads: int) -> Row:
 def _backend(cell: Cell, name: str) -> str:
     if name != "fused":
         return "PyTorch"
-    u = torch.empty(0, dtype=workloads.DTYPES[cell.dtype], device=cell.device)
-    backend = backends.select(u, u).__name__.rpartition(".")[2]  # type: ignore[attr-defined]
-    return f"{backend} ({machine.isa()})" if backend == "cpu" else backend
+    like = torch.empty(1, dtype=workloads.DTYPES[cell.dtype], device=cell.device)
+    chosen = []
+    for stage in shapes.stages(cell.shape.variant) if cell.subject == "model" else (cell.shape,):
+        u = like.expand(cell.batch, stage.height, stage.width, 2 * stage.hidden)
+        weight = like.expand(stage.conv_channels, 1, stage.kernel_size, stage.kernel_size)
+        for backward in {"fwd": (False,), "bwd": (True,)}.get(cell.mode, (False, True)):
+            chosen.append(backends.select(u, weight, backward).__name__.rpartition(".")[2])  # type: ignore[attr-defined]
+    return ", ".join(f"{b} ({machine.isa()})" if b == "cpu" else b for b in dict.fromkeys(chosen))
 
 
 def _speedups(timings: dict[str, Timing], name: str) -> Row:

@@ -1,4 +1,4 @@
-"""audit: every Triton kernel compiled ahead of time for GPUs that need not be here, and what its machine code says."""
+"""audit: every GPU kernel compiled ahead of time for GPUs that need not be here, and what its machine code says."""
 
 import argparse
 import json
@@ -10,18 +10,22 @@ from .terminal import UsageError, comma_list, positive, progress, require, show_
 def add_to(commands: Any) -> None:
     command = commands.add_parser(
         "audit",
-        help="the Triton kernels' machine code, without a GPU",
-        description="Compiles every shipped configuration of the Triton kernels ahead of time and reads registers, "
-        "spills, access widths and loads in flight from the machine code. Times are predicted from datasheets, not "
-        "measured. Exit status 1 when a kernel does not pass a gate.",
+        help="the GPU kernels' machine code, without a GPU",
+        description="Compiles every shipped configuration of the Triton kernels ahead of time, takes the CUDA C++ "
+        "kernels from the compiled module, and reads registers, spills, access widths and loads in flight from the "
+        "machine code. Times are predicted from datasheets, not measured. Exit status 1 when a kernel does not pass a "
+        "gate.",
     )
+    command.add_argument("--backend", type=comma_list(str), metavar="NAME,..", help="triton,cuda; default: those here")
     command.add_argument("--target", type=comma_list(str), metavar="ARCH,..", help="sm_90,gfx942; default: all")
     command.add_argument("--kernel", type=comma_list(str), metavar="NAME,..", help="forward,..; default: all")
     command.add_argument("--dtype", type=comma_list(str), metavar="NAME,..", help="bfloat16,..; default: all")
     command.add_argument("--variant", default="mambaout_tiny", help="whose stages are predicted; default: %(default)s")
     command.add_argument("--batch", type=positive, default=128, help="default: %(default)s")
     command.add_argument("--all", action="store_true", help="filters 3, 5 and 7 wide, and every activation: minutes")
-    command.add_argument("--json", action="store_true", help="as JSON on stdout")
+    shown = command.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="as JSON on stdout")
+    shown.add_argument("--markdown", action="store_true", help="tables as Markdown on stdout")
     command.set_defaults(run=run)
 
 
@@ -30,6 +34,24 @@ def _chosen(name: str, wanted: list[str] | None, allowed: tuple[str, ...]) -> tu
     if unknown:
         raise UsageError(f"{name} must be in {', '.join(allowed)}; got {', '.join(sorted(unknown))}")
     return tuple(wanted or allowed)
+
+
+def _compiled(args: argparse.Namespace, targets: tuple[str, ...], dtypes: tuple[str, ...]) -> list[Any]:
+    """The CUDA C++ kernels of the compiled module; none where it was not built, unless they were asked for."""
+    from ..audit import cuda, cuda_entries
+    from ..audit.devices import devices
+
+    module = cuda.module_path()
+    if module is None:
+        if args.backend:
+            raise UsageError("the CUDA module is not built: it needs nvcc at installation")
+        return []
+    wanted = [d.target for d in devices() if d.target in targets]
+    sizes = (3, 5, 7) if args.all else (7,)
+    try:
+        return cuda_entries.entries(module, wanted, dtypes, sizes, args.variant, args.batch) if wanted else []
+    except (ImportError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,27 +63,37 @@ def run(args: argparse.Namespace) -> int:
 
     if args.variant not in shapes.variants():
         raise UsageError(f"--variant must be one of {', '.join(shapes.variants())}; got {args.variant!r}")
-    kernels = _chosen("--kernel", args.kernel, tiles.KERNELS)
+    chosen = _chosen("--backend", args.backend, ("triton", "cuda"))
+    kernels = _chosen("--kernel", args.kernel, (*tiles.KERNELS, "backward"))
     targets = _chosen("--target", args.target, triton.TARGETS)
     dtypes = _chosen("--dtype", args.dtype, tuple(triton.DTYPES))
     todo = [
         c
         for c in triton.configurations(targets, (3, 5, 7) if args.all else (7,), ACTIVATIONS if args.all else ("gelu",))
-        if c.kernel in kernels and c.dtype in dtypes
+        if "triton" in chosen and c.kernel in kernels and c.dtype in dtypes
     ]
     entries = []
     with progress(len(todo)) as announce:
         for c in todo:
             announce(f"{c.target} {c.kernel} {c.dtype} {c.K}x{c.K} {c.act}")
-            programs = c.tile.block_h if c.kernel == "weight_gradient" else 1
+            programs = c.tile.programs
             try:
                 entries.append(report.entry(triton.compile_ahead(c), args.variant, args.batch, programs))
             except (RuntimeError, FileNotFoundError) as error:
                 raise UsageError(str(error)) from None
+    if "cuda" in chosen:
+        entries += [e for e in _compiled(args, targets, dtypes) if e.row.kernel.name in kernels]
     if args.json:
         print(json.dumps([e.as_dict() for e in entries], indent=1))
-    else:
-        show_table("As compiled", report.HEADINGS, report.lines(entries))
-        title = f"Predicted, not measured: {args.variant}, batch {args.batch}"
-        show_table(title, report.STAGE_HEADINGS, report.stage_lines(entries))
+        return 1 if any(e.failures for e in entries) else 0
+    title = f"Predicted, not measured: {args.variant}, batch {args.batch}"
+    tables = (
+        ("As compiled", report.HEADINGS, report.lines(entries)),
+        (title, report.STAGE_HEADINGS, report.stage_lines(entries)),
+    )
+    for table in tables:
+        if args.markdown:
+            print(report.markdown(*table))
+        else:
+            show_table(*table)
     return 1 if any(e.failures for e in entries) else 0

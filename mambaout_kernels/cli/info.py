@@ -80,6 +80,7 @@ def collect() -> dict[str, Any]:
             "torch built for": torch.version.cuda or "no CUDA",
             "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or "none",
             "nvcc": _nvcc() or "not found",
+            "compiled module": _cuda_module(),
         },
         "build": _native().build_info() if compiled else None,
         "forced backend": backends.forced(),
@@ -95,6 +96,16 @@ def _native() -> Any:
     from .. import _C
 
     return _C
+
+
+def _cuda_module() -> str:
+    """What the CUDA C++ kernels were compiled for; they load without a GPU."""
+    try:
+        from .. import _C_cuda
+    except ImportError:
+        return "not there"
+    built = _C_cuda.build_info()
+    return f"{built['compiler']}, for compute capabilities {built['architectures']}"
 
 
 def _version(package: str) -> str | None:

@@ -15,13 +15,14 @@ def add_to(commands: Any) -> None:
     command = commands.add_parser(
         "tune",
         help="choose the Triton kernels' tiles on this GPU",
-        description="Times candidate tiles on the stages of a variant and writes a table, which "
-        "mambaout_kernels.warmup.load_tiles(FILE) puts before the shipped one. Needs a GPU.",
+        description="Times candidate tiles on the stages of a variant and writes a table to the user's cache, where "
+        "every process finds it and puts it before the shipped one; a table elsewhere is put to use by "
+        "mambaout_kernels.warmup.load_tiles(FILE). Needs a GPU.",
     )
     command.add_argument("--variant", default="mambaout_tiny", help="default: %(default)s")
     command.add_argument("--batch", type=positive, default=32, help="default: %(default)s")
     command.add_argument("--dtype", type=comma_list(str), default=["float32", "bfloat16"], metavar="NAME,..")
-    command.add_argument("--out", type=Path, default=Path("tiles.json"), metavar="FILE", help="default: %(default)s")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: ~/.cache/mambaout-kernels/tiles.json")
     command.set_defaults(run=run)
 
 
@@ -43,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
     stages = [(s.height, s.width, s.hidden, s.conv_channels, s.act) for s in shapes.stages(args.variant)]
     with progress(len(stages) * len(args.dtype)) as announce:
         rows, lines = tune(stages, args.batch, [DTYPES[name] for name in args.dtype], announce)
-    args.out.write_text(json.dumps(tiles.as_json(rows), indent=1) + "\n", encoding="utf-8")
+    out = args.out or tiles.cache_path()
+    tuned = {row.arch for row in rows}
+    others = [row for row in tiles.cached() if row.arch not in tuned] if args.out is None else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(tiles.as_json([*rows, *others]), indent=1) + "\n", encoding="utf-8")
     show_table("Fastest tiles", ("kernel", "bits", "width", "tile", "ms", "shipped ms"), lines)
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
     return 0

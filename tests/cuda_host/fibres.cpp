@@ -198,8 +198,10 @@ void launch(unsigned blocks, unsigned threads, std::size_t shared_bytes, const s
   std::mt19937 random(1);
   if (behaviour().order == Order::kReverse) std::reverse(order.begin(), order.end());
   watch::launch_begins();
-  for (unsigned i = 0; i < blocks; ++i) {
-    const unsigned index = behaviour().order == Order::kForward ? i : blocks - 1 - i;
+  const unsigned wanted = behaviour().last_blocks;
+  const unsigned first = wanted > 0 && wanted < blocks ? blocks - wanted : 0;
+  for (unsigned i = first; i < blocks; ++i) {
+    const unsigned index = behaviour().order == Order::kForward ? i : blocks - 1 - (i - first);
     block.index = {index, 0, 0};
     if (posix_memalign(reinterpret_cast<void**>(&block.shared), 16, std::max<std::size_t>(shared_bytes, 1)) != 0) {
       fail("out of memory");

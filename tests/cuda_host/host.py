@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -29,6 +30,9 @@ CHECKS = {
     "memory": (("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),) * 2,
     "races": (("-O1", "-fsanitize=thread"), ("-O2",)),
 }
+
+CALLS: Counter[str] = Counter()  # of the kernels so far, by check; conftest.py reports them
+_checks: dict[Path, str] = {}  # of programs
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def build(
         link = ["g++", "-no-pie", *sanitizers, *objects, "-Wl,--unresolved-symbols=ignore-all", "-o", str(unfinished)]
         subprocess.run(link, check=True)
         unfinished.replace(program)
+    _checks[program] = check
     return program
 
 
@@ -143,20 +148,28 @@ def run(
     spare: tuple[int, int] = (0, 0),
     offset: tuple[int, int] = (0, 0),
     backward: bool = True,
+    images_before: int = 0,
+    last_blocks: int = 0,
+    weight_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, du, dweight, dbias); all but y are NaN without backward.
 
-    spare, offset: elements between the pixels of u and of dy, and before their first.
+    spare: elements between the pixels of u and of dy. offset, weight_offset: elements from an address that is a
+    multiple of 16 bytes to the first. images_before: images of zeros that go before the inputs. last_blocks: only
+    these of every launch are run; 0: all.
     """
     u, weight, bias = inputs
     N, H, W, D = inputs.dy.shape
     C, K = weight.shape[0], weight.shape[2]
     u_pitch, dy_pitch = 2 * D + spare[0], D + spare[1]
     call = struct.pack(
-        "20q", N, H, W, D, C, K, ACTIVATIONS.index(act), DTYPES[u.dtype], DTYPES[weight.dtype], DTYPES[bias.dtype],
+        "23q", N + images_before, H, W, D, C, K, ACTIVATIONS.index(act),
+        DTYPES[u.dtype], DTYPES[weight.dtype], DTYPES[bias.dtype],
         u_pitch, dy_pitch, *offset, *astuple(device), *astuple(schedule), backward,
+        images_before, last_blocks, weight_offset,
     )  # fmt: skip
     stream = call + _spread(u, u_pitch) + _spread(inputs.dy, dy_pitch) + _bytes(weight) + _bytes(bias)
+    CALLS[_checks[program]] += 1
     done = subprocess.run([program], input=stream, capture_output=True)
     if done.returncode != 0:
         raise Fault(done.stderr.decode(errors="replace")[:4000] or f"ended with {done.returncode}")

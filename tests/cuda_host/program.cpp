@@ -1,6 +1,10 @@
 // Runs one call of csrc/cuda's entry points on the CPU: the call, u, dy, weight and bias from standard input; y, du,
 // dweight and dbias to standard output. Every tensor has exactly the memory it needs, for AddressSanitizer. What is
 // found wrong goes to standard error, and the process fails: host.py makes it an error of the test.
+//
+// Images of zeros may go before those that are read and written: so many that only their first and last pages exist.
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -21,29 +25,41 @@ struct Call {
   std::int64_t multiprocessors, major;     // of the device to pretend
   std::int64_t order, late_copies, error;  // cuda_host::Behaviour
   std::int64_t backward;                   // whether to run it too
+  std::int64_t images_before;              // of N: zeros, neither read nor written here
+  std::int64_t last_blocks;                // cuda_host::Behaviour
+  std::int64_t weight_offset;              // elements from an address that is a multiple of 16 bytes
 };
 
 std::int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 class Memory {
  public:
-  Memory(std::int64_t bytes, std::int64_t offset) : bytes_(bytes), offset_(offset) {
+  Memory(std::int64_t bytes, std::int64_t offset, std::int64_t bytes_before = 0)
+      : bytes_(bytes), offset_(offset), bytes_before_(bytes_before) {
+    if (bytes_before > 0) {
+      data_ = mmap(nullptr, bytes + offset, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (data_ == MAP_FAILED) cuda_host::fail("out of addresses");
+      return;
+    }
     if (posix_memalign(&data_, 16, std::max<std::int64_t>(bytes + offset, 1)) != 0) cuda_host::fail("out of memory");
     std::memset(data_, 0xff, bytes + offset);  // NaN, where nothing is written
   }
-  ~Memory() { std::free(data_); }
+  ~Memory() {
+    if (bytes_before_ == 0) std::free(data_);
+  }
   Memory(const Memory&) = delete;
 
   char* data() const { return static_cast<char*>(data_) + offset_; }
   std::int64_t bytes() const { return bytes_; }
   void read() const {
-    if (static_cast<std::int64_t>(std::fread(data(), 1, bytes_, stdin)) != bytes_)
+    const std::int64_t wanted = bytes_ - bytes_before_;
+    if (static_cast<std::int64_t>(std::fread(data() + bytes_before_, 1, wanted, stdin)) != wanted)
       cuda_host::fail("input is too short");
   }
-  void write() const { std::fwrite(data(), 1, bytes_, stdout); }
+  void write() const { std::fwrite(data() + bytes_before_, 1, bytes_ - bytes_before_, stdout); }
 
  private:
-  std::int64_t bytes_, offset_;
+  std::int64_t bytes_, offset_, bytes_before_;
   void* data_ = nullptr;
 };
 
@@ -53,7 +69,7 @@ int main() {
   Call call;
   if (std::fread(&call, sizeof(call), 1, stdin) != 1) cuda_host::fail("no call");
   cuda_host::behaviour() = {static_cast<cuda_host::Order>(call.order), call.late_copies != 0,
-                            static_cast<int>(call.error)};
+                            static_cast<int>(call.error), static_cast<int>(call.last_blocks)};
   const GatedDwconvShape shape{call.N,
                                call.H,
                                call.W,
@@ -68,20 +84,24 @@ int main() {
   const auto tensor_bytes = [&](std::int64_t pitch, std::int64_t channels) {
     return pixels == 0 ? 0 : ((pixels - 1) * pitch + channels) * element;
   };
-  const Memory u(tensor_bytes(call.u_pitch, 2 * shape.D), call.u_offset * element);
-  const Memory dy(tensor_bytes(call.dy_pitch, shape.D), call.dy_offset * element);
-  const Memory weight(shape.C * shape.K * shape.K * bytes_of(shape.weight_dtype), 0);
+  if (!cuda::supported(shape)) cuda_host::fail("this shape is not supported");
+  const std::int64_t before = call.images_before * shape.H * shape.W * element;
+  const Memory u(tensor_bytes(call.u_pitch, 2 * shape.D), call.u_offset * element, before * call.u_pitch);
+  const Memory dy(tensor_bytes(call.dy_pitch, shape.D), call.dy_offset * element, before * call.dy_pitch);
+  const std::int64_t weight_element = bytes_of(shape.weight_dtype);
+  const Memory weight(shape.C * shape.K * shape.K * weight_element, call.weight_offset * weight_element);
   const Memory bias(shape.C * bytes_of(shape.bias_dtype), 0);
   for (const Memory* input : {&u, &dy, &weight, &bias}) input->read();
   const auto view = [&](const Memory& memory, std::int64_t pitch) {
     return NhwcView{memory.data(), shape.H * shape.W * pitch, shape.W * pitch, pitch};
   };
 
-  const Memory y(pixels * shape.D * element, 0), du(pixels * 2 * shape.D * element, 0);
+  const Memory y(pixels * shape.D * element, 0, before * shape.D);
+  const Memory du(pixels * 2 * shape.D * element, 0, before * 2 * shape.D);
   const Memory dweight(weight.bytes(), 0), dbias(bias.bytes(), 0);
   const Memory workspace(cuda::backward_workspace_bytes(shape), 0);
   for (const Memory* output : {&y, &du, &dweight, &dbias, &workspace}) {
-    cuda_host::watch::observe(output->data(), output->bytes());
+    if (before == 0) cuda_host::watch::observe(output->data(), output->bytes());
   }
   cuda::forward({shape, view(u, call.u_pitch), weight.data(), bias.data(), y.data()},
                 {static_cast<int>(call.multiprocessors), static_cast<int>(call.major)}, nullptr);

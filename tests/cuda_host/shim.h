@@ -33,7 +33,8 @@ enum class Order { kForward, kReverse, kShuffled };
 struct Behaviour {
   Order order = Order::kForward;
   bool copies_land_late = false;
-  int error = 0;  // of exp2 and reciprocal, in units of their bound: -1, 0 or 1
+  int error = 0;        // of exp2 and reciprocal, in units of their bound: -1, 0 or 1
+  int last_blocks = 0;  // of every launch: only these are run; 0: all
 };
 Behaviour& behaviour();
 

@@ -17,9 +17,17 @@ def _round_to_bfloat16(x):
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def _fused(self, x, y, z):
+    """Products of fp32 are exact in fp64, so that the sum alone is rounded."""
+    from triton.runtime.interpreter import TensorHandle
+
+    exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _bfloat16_is_rounded():
-    """The interpreter cuts fp32 to bf16; compiled code rounds (cvt.rn). One rounding mode for both, one tolerance."""
+def _arithmetic_of_the_compiled_code():
+    """The interpreter cuts fp32 to bf16 and rounds the product of tl.fma; machine code rounds once (cvt.rn, fma.rn)."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -32,4 +40,5 @@ def _bfloat16_is_rounded():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", cast)
+        patch.setattr(InterpreterBuilder, "create_fma", _fused)
         yield

@@ -106,9 +106,8 @@ def test_an_image_is_the_same_alone_and_in_a_batch():
 
 def test_rows_too_wide_for_32_bit_offsets_run_on_the_reference(monkeypatch):
     inputs = make_inputs(1, 2, 3, 4, 2, 3)
-    tile = launch.tiles.Tile(7, 8, 32, 2)
-    assert launch._too_wide(3, tile, 3, 4, (0, 2**28, 8))
-    assert not launch._too_wide(3, tile, 3, 4, inputs.u.stride()[:3])
+    assert launch._too_wide(3, 7, 3, 4, (0, 2**28, 8))
+    assert not launch._too_wide(3, 7, 3, 4, inputs.u.stride()[:3])
     narrow = launch.forward(*inputs, "gelu")
     monkeypatch.setattr(launch, "_LARGEST_OFFSET", 1)
     torch.testing.assert_close(launch.forward(*inputs, "gelu"), narrow)

@@ -1,5 +1,6 @@
 """Tensors to kernel arguments: strides, tiles, grids, outputs."""
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -47,30 +48,33 @@ def _vector(*counts: int) -> int:
     return math.gcd(16, *counts)
 
 
-def _too_wide(K: int, tile: tiles.Tile, W: int, D: int, *strides: tuple[int, int, int]) -> bool:
+def _aligned(vector: int, u: Tensor) -> bool:
+    """Whether accesses of 16 bytes are, when so many elements divide all offsets."""
+    return vector * u.element_size() >= tiles.VECTOR_BYTES
+
+
+def _too_wide(K: int, rows: int, W: int, D: int, *strides: tuple[int, int, int]) -> bool:
     """Whether a tile with its halo spans more elements than 32-bit offsets reach."""
-    rows = tile.block_h + K
-    return any(rows * (h + W * D) + (tile.block_w + K) * w + 2 * D > _LARGEST_OFFSET for _, h, w in strides)
+    return any((rows + K) * (h + W * D) + K * w + 2 * D > _LARGEST_OFFSET for _, h, w in strides)
 
 
-def _pack(weight: Tensor, bias: Tensor) -> Tensor:
+def _pack(weight: Tensor, bias: Tensor) -> tuple[Tensor, int]:
+    """The filter as conv.py reads it, and how long its rows are."""
     C, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
-    packed = torch.empty((taps + 1, C), dtype=torch.float32, device=weight.device)
+    blocks = triton.cdiv(C, _PACK_BLOCK)
+    packed = torch.empty((taps + 1, blocks * _PACK_BLOCK), dtype=torch.float32, device=weight.device)
     if C:
-        grid = (taps + 1, triton.cdiv(C, _PACK_BLOCK))
-        pack_filter[grid](weight.contiguous(), bias.contiguous(), packed, C, TAPS=taps, BLOCK=_PACK_BLOCK)
-    return packed
+        pack_filter[(taps + 1, blocks)](
+            weight.contiguous(), bias.contiguous(), packed, C, packed.shape[1], TAPS=taps, BLOCK=_PACK_BLOCK
+        )
+    return packed, packed.shape[1]
 
 
 def _blocks(tile: tiles.Tile, shape: tuple[int, int, int], *channels: int) -> tuple[int, int, int, int]:
-    """(programs, channel blocks, blocks along W, strips along H)."""
+    """(programs, columns, channel blocks, blocks of columns)."""
     N, H, W = shape
-    blocks = (
-        sum(triton.cdiv(c, tile.block_d) for c in channels),
-        triton.cdiv(W, tile.block_w),
-        triton.cdiv(H, tile.block_h),
-    )
-    return math.prod(blocks) * N, *blocks
+    along_d, along_w = sum(triton.cdiv(c, tile.block_d) for c in channels), triton.cdiv(N * W, tile.block_w)
+    return along_d * along_w * triton.cdiv(H, tile.block_h), N * W, along_d, along_w
 
 
 def _constants(tile: tiles.Tile, K: int) -> dict[str, int]:
@@ -83,15 +87,18 @@ def forward(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     y = torch.empty((N, H, W, D), dtype=u.dtype, device=u.device)
     if y.numel() == 0:
         return y
-    tile = tiles.choose(architecture(u.device), "forward", u.element_size() * 8, W, K)
     u, strides = _nhwc(u)
-    if _too_wide(K, tile, W, D, strides):
+    vector = _vector(D, C, *strides)
+    aligned = _aligned(vector, u)
+    tile = tiles.choose(architecture(u.device), "forward", u.element_size() * 8, W, K, aligned)
+    if _too_wide(K, tile.block_h, W, D, strides):
         return reference.gated_dwconv(u, weight, bias, act).contiguous()
     programs, *blocks = _blocks(tile, (N, H, W), C, D - C)
     with _guard(u):
+        taps, padded_C = _pack(weight, bias)
         gated_dwconv_fwd[(programs,)](
-            u, _pack(weight, bias), y, H, W, D, C, *strides, *blocks,
-            ACT=act, VEC=_vector(D, C, *strides), **_constants(tile, K),
+            u, taps, y, H, W, D, C, padded_C, *strides, *blocks,
+            ACT=act, VEC=vector, STAGES=tile.stages, **_constants(tile, K),
         )  # fmt: skip
     return y
 
@@ -101,41 +108,51 @@ def backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> t
     (N, H, W, _), D, C, K = u.shape, u.shape[3] // 2, weight.shape[0], weight.shape[2]
     if u.numel() == 0:
         return torch.empty_like(u), torch.zeros_like(weight), torch.zeros_like(bias)
-    arch, bits = architecture(u.device), u.element_size() * 8
-    tile = tiles.choose(arch, "gate_backward", bits, W, K)
     (dy, dy_strides), (u, strides) = _nhwc(dy), _nhwc(u)
-    if _too_wide(K, tile, W, 2 * D, strides, dy_strides):
+    vector = _vector(D, C, *dy_strides, *strides)
+    choose = functools.partial(
+        tiles.choose, architecture(u.device), bits=u.element_size() * 8, width=W, K=K, aligned=_aligned(vector, u)
+    )
+    tile = choose("gate_backward")
+    if _too_wide(K, tile.block_h, W, 2 * D, strides, dy_strides):
         return reference.gated_dwconv_backward(dy, u, weight, bias, act)
     du = torch.empty((N, H, W, 2 * D), dtype=u.dtype, device=u.device)
     e = torch.empty((N, H, W, C), dtype=u.dtype, device=u.device)
     with _guard(u):
-        taps = _pack(weight, bias)
+        taps, padded_C = _pack(weight, bias)
         programs, *blocks = _blocks(tile, (N, H, W), C, D - C)
         gate_backward[(programs,)](
-            dy, u, taps, du, e, H, W, D, C, *dy_strides, *strides, *blocks,
-            ACT=act, VEC=_vector(D, C, *dy_strides, *strides), **_constants(tile, K),
+            dy, u, taps, du, e, H, W, D, C, padded_C, *dy_strides, *strides, *blocks,
+            ACT=act, VEC=vector, STAGES=tile.stages, **_constants(tile, K),
         )  # fmt: skip
         if C == 0:
             return du, torch.zeros_like(weight), torch.zeros_like(bias)
-        tile = tiles.choose(arch, "input_gradient", bits, W, K)
+        tile = choose("input_gradient")
         programs, *blocks = _blocks(tile, (N, H, W), C)
-        input_gradient[(programs,)](e, taps, du, H, W, D, C, *blocks, VEC=_vector(D, C), **_constants(tile, K))
-        return du, *_weight_gradient(e, u, strides, weight, bias, tiles.choose(arch, "weight_gradient", bits, W, K))
+        input_gradient[(programs,)](
+            e, taps, du, H, W, D, C, padded_C, *blocks, VEC=vector, **_constants(tile, K)
+        )  # fmt: skip
+        return du, *_weight_gradient(e, u, strides, weight, bias, choose("weight_gradient"), vector)
 
 
 def _weight_gradient(
-    e: Tensor, u: Tensor, strides: tuple[int, int, int], weight: Tensor, bias: Tensor, tile: tiles.Tile
+    e: Tensor,
+    u: Tensor,
+    strides: tuple[int, int, int],
+    weight: Tensor,
+    bias: Tensor,
+    tile: tiles.Tile,
+    vector: int,
 ) -> tuple[Tensor, Tensor]:
     (N, H, W, C), D, K = e.shape, u.shape[3] // 2, weight.shape[2]
-    group = K if K <= tiles.LARGEST_FAST_FILTER else 1
-    channel_programs, blocks_w = triton.cdiv(C, tile.block_d) * (K // group), triton.cdiv(W, tile.block_w)
+    group, items = tiles.group(K), triton.cdiv(N * W, tile.block_w)
+    channel_programs = triton.cdiv(C, tile.block_d) * (K // group)
     # As many shares as fill the device, and equal ones: from the shape alone, so that sums keep their order.
-    items = N * blocks_w
-    shares = triton.cdiv(items, triton.cdiv(items * channel_programs, tile.block_h))
+    shares = triton.cdiv(items, triton.cdiv(items * channel_programs, tile.programs))
     taps = K * K
     partials = torch.empty((shares, taps + 1, C), dtype=torch.float32, device=u.device)
     weight_gradient_partials[(channel_programs, shares)](
-        e, u, partials, items, H, W, D, C, *strides, blocks_w, K=K, GROUP=group, VEC=_vector(D, C, *strides),
+        e, u, partials, items, H, W, D, C, *strides, N * W, K=K, GROUP=group, VEC=vector,
         BLOCK_W=tile.block_w, BLOCK_D=tile.block_d, **tile.options(),
     )  # fmt: skip
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=u.device)
