@@ -3,6 +3,7 @@
 Nothing is run: the module's machine code is disassembled by cuobjdump, of a CUDA toolkit or of Triton's wheel.
 """
 
+import functools
 import re
 import subprocess
 from collections import Counter
@@ -110,6 +111,7 @@ def ptx_targets(module: Path) -> list[str]:
     return sorted(set(re.findall(r"\.(sm_\d+)[af]?\.ptx", _cuobjdump("-lptx", str(module)))))
 
 
+@functools.cache
 def kernels(module: Path, target: str) -> list[NativeKernel]:
     """All kernels of a module for a target. FileNotFoundError without a cuobjdump."""
     usage = {}
