@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ def prediction_table(entries: Sequence[Row]) -> report.Table:
     return headings, lines
 
 
+def _microseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def draw_predictions(path: Path, entries: Sequence[Row], title: str) -> bool:
     """Write a PNG: predicted and measured by shape, a panel for each backend, direction and dtype."""
     if not entries:
@@ -103,13 +108,18 @@ def draw_predictions(path: Path, entries: Sequence[Row], title: str) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import patches, pyplot, ticker
 
     kinds = list(dict.fromkeys((e["run_on"], e["mode"], e["dtype"]) for e in entries))
     columns = min(2, len(kinds))
+    widest = max(Counter((e["run_on"], e["mode"], e["dtype"]) for e in entries).values())
     lines = -(-len(kinds) // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, squeeze=False, layout="constrained", figsize=(5.2 * columns, 0.9 + 2.6 * lines)
+        lines,
+        columns,
+        squeeze=False,
+        layout="constrained",
+        figsize=(max(5.2, 0.95 * widest) * columns, 0.9 + 2.6 * lines),
     )
     for ax in axes.flat[len(kinds) :]:
         ax.set_axis_off()
@@ -121,20 +131,22 @@ def draw_predictions(path: Path, entries: Sequence[Row], title: str) -> bool:
             at = [i + (index - (len(names) - 1) / 2) * width for i, e in enumerate(members) if e[name] is not None]
             heights = [e[name] for e in members if e[name] is not None]
             bars = ax.bar(at, heights, 0.94 * width, label=name, color=COLOURS[name])
-            ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+            if name == "measured":
+                ax.bar_label(bars, fmt=_microseconds, fontsize=7, padding=1)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(ticker.NullFormatter())
         ax.margins(y=0.15)
         ax.set_xticks(range(len(members)), [f"{e['label']}\nbatch {e['batch']}" for e in members], fontsize=7.5)
-        ax.set_xlim(-0.6, max(len(members), 2) - 0.4)
+        middle, half = (len(members) - 1) / 2, max(len(members), 2) / 2 + 0.1
+        ax.set_xlim(middle - half, middle + half)
         ax.set_ylabel("microseconds", fontsize=8)
         ax.tick_params(axis="y", labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_title(" ".join(kind), fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    handles = [patches.Patch(color=COLOURS[name], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(f"the op alone, predicted and measured\n{title}", fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
