@@ -17,6 +17,7 @@ from torch import nn
 
 from . import backends
 from .block import LAYER_NORM, FusedGatedCNNBlock, refuse_unknown
+from .features import Stages
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "gelu": nn.GELU,
@@ -127,7 +128,7 @@ class Head(nn.Module):
         return x if pre_logits else self.fc2(x)
 
 
-class MambaOut(nn.Module):
+class MambaOut(Stages):
     """MambaOut image classifier: (N, in_chans, H, W) of any size to (N, num_classes), in any floating dtype.
 
     Args:
@@ -147,7 +148,7 @@ class MambaOut(nn.Module):
 
     `forward(x) == forward_head(forward_features(x))`. `forward_features` returns the last stage's map, (N, H/32, W/32,
     dims[-1]), not yet normed: timm's convention. The authors' returns `norm(map.mean((1, 2)))`, (N, dims[-1]), which
-    `pool` gives here.
+    `pool` gives here. `forward_intermediates` gives the maps of all stages, for dense tasks.
     """
 
     def __init__(
@@ -234,14 +235,6 @@ class MambaOut(nn.Module):
             self.head.fc2 = nn.Linear(self.head_hidden_size, num_classes, device=old.device, dtype=old.dtype)
             _init_weights(self.head.fc2)
         self.head.fc2.train(self.training)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) to (N, H/32, W/32, dims[-1]), each halving rounded up; channels last, not normed."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
-            raise ValueError(f"x must be (N, {self.in_chans}, H, W) with H, W >= 1, got {tuple(x.shape)}")
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
-        return x
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, H, W, dims[-1]) to pooled and normed features, (N, dims[-1])."""

@@ -20,8 +20,10 @@ LAYERS = [
     "norm_linear",
     "whole_block",
     "block",
+    "features",
     "models",
     "checkpoints",
+    "pretrained",
     "integrations",
 ]
 
