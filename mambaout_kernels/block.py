@@ -235,6 +235,13 @@ class FusedGatedCNNBlock(nn.Module):
         y = self._middle(u)
         return self.drop_path(self.ls(linear(self.fc2, y))) + x
 
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "torch.jit.script cannot compile the fused block. Use torch.compile, torch.export (AOTInductor, ONNX: "
+            "mambaout_kernels.export) or torch.jit.trace; or script a timm model that is not patched: unpatch(model), "
+            "timm.create_model(name, scriptable=True)"
+        )
+
     def extra_repr(self) -> str:
         hidden, _, conv_channels = self.split_indices
         return f"dim={self.dim}, hidden={hidden}, conv_channels={conv_channels}, fused={self.unfused_reason() is None}"
