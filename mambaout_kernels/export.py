@@ -23,7 +23,9 @@ def plain_aten() -> Iterator[None]:
         yield
 
 
-def to_onnx(model: nn.Module, path: str | os.PathLike[str], example: torch.Tensor | None = None, **options: Any) -> None:
+def to_onnx(
+    model: nn.Module, path: str | os.PathLike[str], example: torch.Tensor | None = None, **options: Any
+) -> None:
     """Write an ONNX file of `model`, for any batch, height and width; it holds standard operators only.
 
     Args:
