@@ -53,7 +53,7 @@ def to_onnx(
         import onnxscript  # noqa: F401
     except ImportError:
         raise ImportError("to_onnx needs onnx and onnxscript: pip install mambaout-kernels[export]") from None
-    dynamic = ({size: torch.export.Dim.AUTO for size in (0, 2, 3)},)
+    dynamic = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
     with plain_aten(), torch.no_grad():
         program = torch.onnx.export(
             model, (example,), dynamo=True, dynamic_shapes=dynamic, **{"input_names": ["images"], **options}

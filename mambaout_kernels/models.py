@@ -134,7 +134,7 @@ class MambaOut(Stages):
     Args:
         in_chans, num_classes: `num_classes=0` leaves out the last linear: the output is (N, 4 * dims[-1]).
         depths, dims: blocks and width of each stage; one entry per stage, any number of stages.
-        expansion_ratio, conv_ratio, kernel_size, ls_init_value: of every FusedGatedCNNBlock.
+        expansion_ratio, conv_ratio, kernel_size, ls_init_value, causal: of every FusedGatedCNNBlock.
         norm_layer: called with a width; used everywhere.
         act_layer: of the stem and the blocks: "gelu", "gelu_tanh", "silu", "identity", or a callable giving a module.
         stem_mid_norm: a norm between the stem's two convolutions.
@@ -168,6 +168,7 @@ class MambaOut(Stages):
         stem_mid_norm: bool = Variant.stem_mid_norm,
         downsample: str = Variant.downsample,
         head_fn: str = Variant.head_fn,
+        causal: bool = False,
         **unknown: Any,
     ):
         super().__init__()
@@ -207,6 +208,7 @@ class MambaOut(Stages):
             norm_layer=norm_layer,
             act_layer=act_layer,
             ls_init_value=ls_init_value,
+            causal=causal,
         )
         self.stages = nn.ModuleList(
             nn.Sequential(*(block(dim, drop_path=next(drop_paths)) for _ in range(depth)))

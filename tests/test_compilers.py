@@ -112,7 +112,7 @@ def operators(program):
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
-DYNAMIC = ({dim: torch.export.Dim.AUTO for dim in (0, 2, 3)},)
+DYNAMIC = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
 
 
 @pytest.mark.parametrize("kind", ["ours", "timm"])

@@ -18,6 +18,7 @@ LAYERS = [
     "backends",
     "ops",
     "norm_linear",
+    "causal",
     "whole_block",
     "block",
     "features",
