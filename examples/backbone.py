@@ -17,7 +17,9 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, weights: str | None = None, drop_path_rate: float = 0.0, checkpointing: bool = False):
         super().__init__()
-        self.body = mk.create_model(name, num_classes=0, drop_path_rate=drop_path_rate)
+        # From scratch a layer scale of 1e-4 or less leaves the blocks idle for the first thousands of steps.
+        options = {} if weights else {"ls_init_value": None}
+        self.body = mk.create_model(name, num_classes=0, drop_path_rate=drop_path_rate, **options)
         if weights is not None:
             own = self.body.state_dict()
             self.body.load_state_dict({key: load_checkpoint(weights)[key] for key in own})

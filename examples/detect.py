@@ -63,19 +63,21 @@ def targets(scenes: list[Scene]) -> list[dict[str, torch.Tensor]]:
     return [{"boxes": s.boxes, "labels": s.labels, "masks": s.masks.to(torch.uint8)} for s in scenes]
 
 
-def recall(model: nn.Module, scenes: list[Scene], threshold: float = 0.5) -> float:
-    """Share of objects found: with the right class, a box of IoU above `threshold`, and a score above 0.5."""
+def precision_and_recall(model: nn.Module, scenes: list[Scene], threshold: float = 0.5) -> tuple[float, float]:
+    """Of the guesses with a score above 0.5, those that are right: an object's class, a box of IoU above `threshold`,
+    and the best guess at that object; and the share of objects that one of them finds."""
     from torchvision.ops import box_iou
 
-    found, total = 0, 0
+    right, guesses, objects = 0, 0, 0
     with torch.inference_mode():
         for scene in scenes:
             [guess] = model([scene.image])
             sure = guess["scores"] > 0.5
             hits = box_iou(scene.boxes, guess["boxes"][sure]) > threshold
             hits &= scene.labels[:, None] == guess["labels"][sure]
-            found, total = found + int(hits.any(1).sum()), total + len(scene.labels)
-    return found / total
+            right, guesses = right + int(hits.any(1).sum()), guesses + int(sure.sum())
+            objects += len(scene.labels)
+    return right / max(1, guesses), right / objects
 
 
 def picture(model: nn.Module, scenes: list[Scene], path: Path) -> None:
@@ -117,9 +119,12 @@ def main(argv: list[str] | None = None) -> int:
 
     first, last = optimise(model, loss, args)
     model.eval()
-    found = recall(model, held_out)
+    precision, recall = precision_and_recall(model, held_out)
     picture(model, held_out[:4], args.out / "prediction.png")
-    print(f"loss {first:.3f} -> {last:.3f}; {found:.1%} of the objects in {len(held_out)} held-out scenes found")
+    print(
+        f"loss {first:.3f} -> {last:.3f}; precision {precision:.1%}, recall {recall:.1%} on {len(held_out)} "
+        f"held-out scenes"
+    )
     return 0
 
 

@@ -68,7 +68,8 @@ class Segmenter(nn.Module):
         self.head = UPerHead(backbone.dims, classes, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return resized(self.head(list(self.backbone(x).values())), x)
+        normed = (x - 0.45) / 0.225  # about ImageNet's mean and deviation
+        return resized(self.head(list(self.backbone(normed).values())), x)
 
 
 def batch_of(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
