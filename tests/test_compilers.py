@@ -1,6 +1,7 @@
 """torch.compile, torch.export, AOTInductor, ONNX and TorchScript on whole models."""
 
 import copy
+import shutil
 import sys
 
 import pytest
@@ -44,9 +45,13 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
+)
 SMALL = {"depths": (1,), "dims": (8,)}  # the compilers' time goes with the number of layers
 
 
+@NEEDS_COMPILER
 def test_inductor_in_evaluation_one_graph_for_all_sizes(counted):
     model, backend = make(**SMALL).eval(), counted("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -56,6 +61,7 @@ def test_inductor_in_evaluation_one_graph_for_all_sizes(counted):
     assert backend.frame_count == 1
 
 
+@NEEDS_COMPILER
 def test_inductor_in_training_one_graph_for_all_batches(counted):
     """Forward and every gradient. With H and W dynamic too, inductor fails on timm's own MambaOut as on this one."""
     model, backend = make(**SMALL).train(), counted("inductor")
@@ -131,6 +137,7 @@ def test_export(kind):
             assert_close(program.module()(images(*size)), model(images(*size)))
 
 
+@NEEDS_COMPILER
 def test_aotinductor(tmp_path):
     model = make(**SMALL).eval()
     program = torch.export.export(model, (images(),), dynamic_shapes=DYNAMIC)
