@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import backends
 from ..block import FusedGatedCNNBlock
+from ..whole_block import Pack
 
 # The names that the authors' repository and timm give to the block.
 BLOCK_CLASS_NAMES = ("GatedCNNBlock", "GatedConvBlock")
@@ -93,7 +94,7 @@ def _mismatch(original: Any) -> str | None:
 
 
 def _fuse(block: nn.Module) -> None:
-    added: dict[str, Any] = {}
+    added: dict[str, Any] = {"pack": Pack()}
     if not hasattr(block, "ls"):
         added["ls"] = nn.Identity()  # not registered: named_modules stays as it is
     if not hasattr(block, "dim"):
