@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mambaout_kernels as mk
-from mambaout_kernels import patch, unpatch
+from mambaout_kernels import backends, patch, unpatch, whole_block
 from mambaout_kernels.block import FusedGatedCNNBlock
 from mambaout_kernels.integrations import patching
 
@@ -110,6 +110,15 @@ def test_computes_the_same(options):
     other = patch(copy.deepcopy(model))
     assert_close(step(other), step(model))
     assert_close({"y": other.eval()(images())}, {"y": model.eval()(images())})
+
+
+def test_runs_whole_where_no_gradient_is_wanted():
+    """timm's norm, layer scale and drop path are known to the whole-block op, so a patched model is as fast as ours."""
+    if backends.preferred("cpu") != "cpu":
+        pytest.skip("the compiled module is not there")
+    model = patch(make(drop_path_rate=0.1)).eval()
+    with torch.no_grad():
+        assert all(whole_block.applies(block, torch.randn(1, 4, 4, block.dim)) for block in blocks_of(model))
 
 
 def test_the_same_samples_are_dropped():
