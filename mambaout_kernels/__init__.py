@@ -2,8 +2,21 @@
 
 from . import backends
 from .block import FusedGatedCNNBlock
+from .integrations import patch, unpatch
 from .models import VARIANTS, MambaOut, create_model
 from .ops import gated_dwconv
+from .pretrained import from_pretrained
 from .version import __version__
 
-__all__ = ["VARIANTS", "FusedGatedCNNBlock", "MambaOut", "__version__", "backends", "create_model", "gated_dwconv"]
+__all__ = [
+    "VARIANTS",
+    "FusedGatedCNNBlock",
+    "MambaOut",
+    "__version__",
+    "backends",
+    "create_model",
+    "from_pretrained",
+    "gated_dwconv",
+    "patch",
+    "unpatch",
+]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from . import whole_block
+from .causal import CausalConv2d
 from .checks import MAX_KERNEL_SIZE
 from .norm_linear import applies, hooked, linear, norm_linear
 from .ops import gated_dwconv
@@ -121,6 +122,7 @@ class FusedGatedCNNBlock(nn.Module):
             classes that compute the same; any other runs as a plain PyTorch composition, with one warning.
         drop_path: probability in [0, 1) of dropping the branch of a sample in training.
         ls_init_value: initial layer scale (`ls.gamma`); None for no layer scale.
+        causal: every pixel sees only those before it (causal.py); for the paper's ablation, not for its models.
 
     Raises:
         TypeError: an unknown argument, or one of the wrong type.
@@ -146,6 +148,7 @@ class FusedGatedCNNBlock(nn.Module):
         act_layer: Callable[..., nn.Module] = nn.GELU,
         drop_path: float = 0.0,
         ls_init_value: float | None = None,
+        causal: bool = False,
         **unknown: Any,
     ):
         super().__init__()
@@ -162,7 +165,7 @@ class FusedGatedCNNBlock(nn.Module):
         self.act = _checked_module("act_layer", act_layer())
         self.conv: nn.Module = nn.Identity()
         if conv_channels > 0:
-            self.conv = nn.Conv2d(
+            self.conv = (CausalConv2d if causal else nn.Conv2d)(
                 conv_channels, conv_channels, kernel_size, padding=kernel_size // 2, groups=conv_channels
             )
         self.fc2 = nn.Linear(hidden, dim)
@@ -183,10 +186,11 @@ class FusedGatedCNNBlock(nn.Module):
             return f"act {type(self.act).__name__} is none of {', '.join(ACTIVATIONS)}"
         if hooked(self.act):
             return "act has hooks"
-        conv, channels = self.conv, self.split_indices[2]
+        conv: Any = self.conv
+        channels = self.split_indices[2]
         if channels == 0:
             return None
-        if type(conv) is not nn.Conv2d:
+        if type(conv) not in (nn.Conv2d, CausalConv2d):
             return f"conv is a {type(conv).__name__}, not a plain nn.Conv2d"
         kernel, radius = conv.kernel_size, conv.kernel_size[0] // 2
         if (
@@ -219,7 +223,7 @@ class FusedGatedCNNBlock(nn.Module):
         if self.split_indices[2] == 0:
             weight, bias = u.new_empty(0, 1, 1, 1), u.new_empty(0)
         else:
-            weight, bias = conv.weight, conv.bias
+            weight, bias = conv.filter() if type(conv) is CausalConv2d else conv.weight, conv.bias
             if weight.dtype not in (u.dtype, torch.float32) and torch.is_autocast_enabled(u.device.type):
                 weight, bias = weight.to(u.dtype), bias.to(u.dtype)  # as autocast does for conv2d
         return gated_dwconv(u, weight, bias, self.op_act)
@@ -235,6 +239,13 @@ class FusedGatedCNNBlock(nn.Module):
         u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else linear(self.fc1, norm(x))
         y = self._middle(u)
         return self.drop_path(self.ls(linear(self.fc2, y))) + x
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "torch.jit.script cannot compile the fused block. Use torch.compile, torch.export (AOTInductor, ONNX: "
+            "mambaout_kernels.export) or torch.jit.trace; or script a timm model that is not patched: unpatch(model), "
+            "timm.create_model(name, scriptable=True)"
+        )
 
     def extra_repr(self) -> str:
         hidden, _, conv_channels = self.split_indices

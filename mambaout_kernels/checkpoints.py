@@ -146,7 +146,11 @@ def load_into(model: MambaOut, path: str | os.PathLike[str], ema: bool = True) -
     Every name, shape and dtype is checked before the first tensor is copied: on any error the model is as it was.
     Raises what load_checkpoint raises, and ValueError when the file's tensors are not the model's.
     """
-    state_dict = load_checkpoint(path, ema)
+    copy_into(model, load_checkpoint(path, ema), os.fspath(path))
+
+
+def copy_into(model: MambaOut, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load a state_dict in the authors' layout, strictly; ValueError, before anything is copied, if it does not fit."""
     expected = model.state_dict()
     problems = [f"{key} is missing" for key in expected if key not in state_dict]
     problems += [f"{key} is not in the model" for key in state_dict if key not in expected]
@@ -159,29 +163,44 @@ def load_into(model: MambaOut, path: str | os.PathLike[str], ema: bool = True) -
     if problems:
         shown = "; ".join(sorted(problems)[:4]) + ("; ..." if len(problems) > 4 else "")
         raise ValueError(
-            f"path: {os.fspath(path)} does not fit the model in {len(problems)} of {len(expected)} tensors: {shown}. "
+            f"path: {source} does not fit the model in {len(problems)} of {len(expected)} tensors: {shown}. "
             f"It holds {describe(state_dict)}; the model is {describe(expected)}"
         )
     model.load_state_dict(state_dict)
 
 
-def describe(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """What a state_dict in the authors' layout is, in words: its variants, depths, dims and number of classes."""
+def classes_of(state_dict: Mapping[str, torch.Tensor]) -> int:
+    """How many classes a state_dict in the authors' layout tells apart; 0 without a classifier."""
+    return len(state_dict.get("head.fc2.bias", ()))
+
+
+def _stages(state_dict: Mapping[str, torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(depths, dims)."""
     blocks = {(int(m[1]), int(m[2])) for key in state_dict if (m := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
     depths = tuple(sum(stage == s for s, _ in blocks) for stage in sorted({s for s, _ in blocks}))
-    dims = tuple(len(state_dict.get(f"stages.{stage}.0.fc2.bias", ())) for stage in range(len(depths)))
+    return depths, tuple(len(state_dict.get(f"stages.{stage}.0.fc2.bias", ())) for stage in range(len(depths)))
+
+
+def variants_of(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the variants that a state_dict in the authors' layout can belong to."""
+    depths, dims = _stages(state_dict)
     # Of the first block: (hidden, convolved channels, layer scale)
     block = (
         len(state_dict.get("stages.0.0.fc1.bias", ())) // 2,
         len(state_dict.get("stages.0.0.conv.bias", ())),
         "stages.0.0.ls.gamma" in state_dict,
     )
-    names = [
+    return [
         name
         for name, v in VARIANTS.items()
         if (v.depths, v.dims) == (depths, dims)
         and block == (int(v.expansion_ratio * dims[0]), int(v.conv_ratio * dims[0]), v.ls_init_value is not None)
     ]
-    classifier = state_dict.get("head.fc2.bias")
-    classes = "no classifier" if classifier is None else f"{len(classifier)} classes"
-    return f"{' or '.join(names) or 'no known variant'} (depths {depths}, dims {dims}, {classes})"
+
+
+def describe(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """What a state_dict in the authors' layout is, in words: its variants, depths, dims and number of classes."""
+    depths, dims = _stages(state_dict)
+    classes = f"{classes_of(state_dict)} classes" if classes_of(state_dict) else "no classifier"
+    names = " or ".join(variants_of(state_dict)) or "no known variant"
+    return f"{names} (depths {depths}, dims {dims}, {classes})"

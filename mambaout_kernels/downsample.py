@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .backends import cpu
-from .norm_linear import hooked
+from .norm_linear import hooked, is_layer_norm
 from .packs import Pack, packed
 from .reference import ACTIVATIONS
 
@@ -87,10 +87,11 @@ def applies(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, act_
         stored = torch.float32
     parameters = [conv.weight]
     if norm is not None:
-        if type(norm) is not nn.LayerNorm or hooked(norm) or norm.normalized_shape != (conv.out_channels,):
+        if not is_layer_norm(norm) or hooked(norm) or norm.normalized_shape != (conv.out_channels,):
             return False
-        if norm.weight is not None:
-            parameters.append(norm.weight)
+        norm_weight: Any = norm.weight
+        if norm_weight is not None:
+            parameters.append(norm_weight)
     return all(p.dtype == stored and p.device == x.device for p in parameters)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from .block import LAYER_NORM, FusedGatedCNNBlock, activation_name, refuse_unknown
 from .downsample import applies, run
+from .features import Stages
 from .packs import Pack
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -142,13 +143,13 @@ class Head(nn.Module):
         return x if pre_logits else self.fc2(x)
 
 
-class MambaOut(nn.Module):
+class MambaOut(Stages):
     """MambaOut image classifier: (N, in_chans, H, W) of any size to (N, num_classes), in any floating dtype.
 
     Args:
         in_chans, num_classes: `num_classes=0` leaves out the last linear: the output is (N, 4 * dims[-1]).
         depths, dims: blocks and width of each stage; one entry per stage, any number of stages.
-        expansion_ratio, conv_ratio, kernel_size, ls_init_value: of every FusedGatedCNNBlock.
+        expansion_ratio, conv_ratio, kernel_size, ls_init_value, causal: of every FusedGatedCNNBlock.
         norm_layer: called with a width; used everywhere.
         act_layer: of the stem and the blocks: "gelu", "gelu_tanh", "silu", "identity", or a callable giving a module.
         stem_mid_norm: a norm between the stem's two convolutions.
@@ -162,7 +163,7 @@ class MambaOut(nn.Module):
 
     `forward(x) == forward_head(forward_features(x))`. `forward_features` returns the last stage's map, (N, H/32, W/32,
     dims[-1]), not yet normed: timm's convention. The authors' returns `norm(map.mean((1, 2)))`, (N, dims[-1]), which
-    `pool` gives here.
+    `pool` gives here. `forward_intermediates` gives the maps of all stages, for dense tasks.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class MambaOut(nn.Module):
         stem_mid_norm: bool = Variant.stem_mid_norm,
         downsample: str = Variant.downsample,
         head_fn: str = Variant.head_fn,
+        causal: bool = False,
         **unknown: Any,
     ):
         super().__init__()
@@ -221,6 +223,7 @@ class MambaOut(nn.Module):
             norm_layer=norm_layer,
             act_layer=act_layer,
             ls_init_value=ls_init_value,
+            causal=causal,
         )
         self.stages = nn.ModuleList(
             nn.Sequential(*(block(dim, drop_path=next(drop_paths)) for _ in range(depth)))
@@ -249,14 +252,6 @@ class MambaOut(nn.Module):
             self.head.fc2 = nn.Linear(self.head_hidden_size, num_classes, device=old.device, dtype=old.dtype)
             _init_weights(self.head.fc2)
         self.head.fc2.train(self.training)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) to (N, H/32, W/32, dims[-1]), each halving rounded up; channels last, not normed."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
-            raise ValueError(f"x must be (N, {self.in_chans}, H, W) with H, W >= 1, got {tuple(x.shape)}")
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
-        return x
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, H, W, dims[-1]) to pooled and normed features, (N, dims[-1])."""

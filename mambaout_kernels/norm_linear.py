@@ -125,10 +125,18 @@ def applies(norm: nn.Module, fc: nn.Module, x: Tensor) -> bool:
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    if type(norm) is not nn.LayerNorm or type(fc) is not nn.Linear or hooked(norm) or hooked(fc):
+    if not is_layer_norm(norm) or type(fc) is not nn.Linear or hooked(norm) or hooked(fc):
         return False
-    gamma = norm.weight
+    gamma: Any = norm.weight
     return gamma is not None and gamma.dtype == fc.weight.dtype == x.dtype and norm.normalized_shape == x.shape[-1:]
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether it is nn.LayerNorm, or timm's class of that name, which computes the same unless its fast norm is on."""
+    kind = type(module)
+    if kind is nn.LayerNorm:
+        return True
+    return (kind.__module__, kind.__name__) == ("timm.layers.norm", "LayerNorm") and not module._fast_norm
 
 
 def norm_linear(norm: nn.LayerNorm, fc: nn.Linear, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import backends
 from .backends import cpu
-from .norm_linear import hooked
+from .causal import CausalConv2d
+from .norm_linear import hooked, is_layer_norm
 from .packs import packed
 from .reference import ACTIVATIONS
 
@@ -96,9 +97,9 @@ def applies(block: Any, x: Tensor) -> bool:
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.ndim != 4 or backends.preferred("cpu") != "cpu":
         return False
     norm, fc1, fc2 = block.norm, block.fc1, block.fc2
-    if type(norm) is not nn.LayerNorm or type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
+    if not is_layer_norm(norm) or type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
         return False
-    if norm.normalized_shape != (block.dim,) or block.unfused_reason() is not None:
+    if type(block.conv) is CausalConv2d or norm.normalized_shape != (block.dim,) or block.unfused_reason() is not None:
         return False
     if not _does_nothing(block.drop_path) or any(map(hooked, (norm, fc1, fc2, block.ls, block.drop_path))):
         return False

@@ -18,12 +18,15 @@ LAYERS = [
     "backends",
     "ops",
     "norm_linear",
+    "causal",
     "packs",
     "whole_block",
     "downsample",
     "block",
+    "features",
     "models",
     "checkpoints",
+    "pretrained",
     "integrations",
 ]
 

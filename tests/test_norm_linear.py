@@ -98,3 +98,16 @@ def test_block_keeps_less_than_six_tenths_of_eager():
     ours = kept()
     with backends.force("reference"):
         assert ours <= 0.6 * kept()
+
+
+def test_timms_layer_norm_is_one():
+    """So that a patched timm model keeps as little; not with its fast norm, nor any class of that name."""
+    layers = pytest.importorskip("timm.layers")
+    norm, linear = layers.LayerNorm(12), nn.Linear(12, 20)
+    x = torch.randn(3, 12, requires_grad=True)
+    assert applies(norm, linear, x)
+    assert torch.equal(norm_linear(norm, linear, x), linear(norm(x)))
+    norm._fast_norm = True
+    assert not applies(norm, linear, x)
+    assert not applies(layers.LayerNormFp32(12), linear, x)
+    assert not applies(type("LayerNorm", (nn.LayerNorm,), {})(12), linear, x)

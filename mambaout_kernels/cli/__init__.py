@@ -1,11 +1,11 @@
-"""The command line: mambaout-kernels info | check | bench | classify | audit | tune."""
+"""The command line: mambaout-kernels info | check | bench | classify | analyze | audit | tune."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import audit, bench, check, classify, info, tune
+from . import analyze, audit, bench, check, classify, info, tune
 from .terminal import UsageError
 
 
@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"mambaout-kernels {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, check, bench, classify, audit, tune):
+    for command in (info, check, bench, classify, analyze, audit, tune):
         command.add_to(commands)
     return top
 

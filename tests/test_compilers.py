@@ -1,0 +1,193 @@
+"""torch.compile, torch.export, AOTInductor, ONNX and TorchScript on whole models."""
+
+import copy
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from mambaout_kernels import patch
+from mambaout_kernels.export import plain_aten, to_onnx
+from mambaout_kernels.models import create_model
+
+
+def make(name="test_mambaout", **options):
+    torch.manual_seed(0)
+    model = create_model(name, **{"num_classes": 3, **options})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def images(n=2, h=64, w=64, seed=1):
+    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def marked(x, *dims):
+    for dim in dims:
+        torch._dynamo.mark_dynamic(x, dim)
+    return x
+
+
+@pytest.fixture
+def counted():
+    """A function to compile with, and the number of graphs that it was given."""
+    torch._dynamo.reset()
+    testing = pytest.importorskip("torch._dynamo.testing")
+    yield testing.CompileCounterWithBackend
+    torch._dynamo.reset()
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
+)
+SMALL = {"depths": (1,), "dims": (8,)}  # the compilers' time goes with the number of layers
+
+
+@NEEDS_COMPILER
+def test_inductor_in_evaluation_one_graph_for_all_sizes(counted):
+    model, backend = make(**SMALL).eval(), counted("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for n, h, w in ((2, 64, 64), (5, 64, 64), (3, 40, 72)):
+            assert_close(compiled(marked(images(n, h, w), 0, 2, 3)), model(images(n, h, w)))
+    assert backend.frame_count == 1
+
+
+@NEEDS_COMPILER
+def test_inductor_in_training_one_graph_for_all_batches(counted):
+    """Forward and every gradient. With H and W dynamic too, inductor fails on timm's own MambaOut as on this one."""
+    model, backend = make(**SMALL).train(), counted("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for n in (2, 3, 5):
+        results = []
+        for f, x in ((compiled, marked(images(n), 0)), (model, images(n))):
+            y = f(x)
+            results.append([y.detach(), *torch.autograd.grad(y.square().mean(), list(model.parameters()))])
+        for actual, expected in zip(*results, strict=True):
+            assert_close(actual, expected)
+    assert backend.frame_count == 1
+
+
+WHOLE = [("ours", False), ("ours", True), ("timm", False), ("timm", True), ("checkpointing", True), ("autocast", False)]
+
+
+@pytest.mark.parametrize(("kind", "training"), WHOLE)
+def test_whole_models_without_graph_break(kind, training, counted):
+    model = make(drop_path_rate=0.1, drop_rate=0.1)
+    if kind == "timm":
+        model = patch(pytest.importorskip("timm").create_model("test_mambaout", num_classes=3))
+    if kind == "checkpointing":
+        model.set_grad_checkpointing()
+    model.train(training)
+    backend = counted("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for n in (2, 3, 5):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            y, expected = compiled(marked(images(n), 0)), model(images(n))
+        assert y.dtype == expected.dtype
+        if training:
+            y.float().sum().backward()
+        else:  # under autocast a compiler may round at other places
+            tolerance = 0.05 if kind == "autocast" else 1e-4
+            assert (y - expected).abs().max() <= tolerance * expected.abs().max()
+    assert backend.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiling_a_model_that_is_patched_later(counted):
+    """Patched after torch.compile, it is compiled again rather than run as it was."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_mambaout", num_classes=3).eval()
+    backend = counted("eager")
+    compiled = torch.compile(model, backend=backend)
+    before = compiled(images())
+    patch(model)
+    assert_close(compiled(images()), before)
+    assert any("gated_dwconv" in str(graph.graph) for graph in backend.graphs)
+
+
+def operators(program):
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+DYNAMIC = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
+
+
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+def test_export(kind):
+    model = make().eval()
+    if kind == "timm":
+        model = patch(pytest.importorskip("timm").create_model("test_mambaout", num_classes=3)).eval()
+    fused = torch.export.export(model, (images(),), dynamic_shapes=DYNAMIC)
+    assert "mambaout_kernels.gated_dwconv.default" in operators(fused)
+    with plain_aten():
+        plain = torch.export.export(model, (images(),), dynamic_shapes=DYNAMIC)
+    assert not any("mambaout" in operator for operator in operators(plain))
+    assert list(plain.state_dict) == list(fused.state_dict) == list(model.state_dict())
+    for size in ((1, 64, 64), (5, 70, 97)):
+        for program in (fused, plain):
+            assert_close(program.module()(images(*size)), model(images(*size)))
+
+
+@NEEDS_COMPILER
+def test_aotinductor(tmp_path):
+    model = make(**SMALL).eval()
+    program = torch.export.export(model, (images(),), dynamic_shapes=DYNAMIC)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    for size in ((2, 64, 64), (1, 70, 97)):
+        assert_close(loaded(images(*size)), model(images(*size)))
+
+
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+def test_onnx(kind, tmp_path):
+    runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = make().eval()
+    if kind == "timm":
+        model = patch(pytest.importorskip("timm").create_model("test_mambaout", num_classes=3)).eval()
+    keys = list(model.state_dict())
+    to_onnx(model, tmp_path / "model.onnx", images())
+    assert list(model.state_dict()) == keys
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in ((2, 64, 64), (1, 96, 70), (5, 33, 35)):
+        [y] = session.run(None, {"images": images(*size).numpy()})
+        with torch.no_grad():
+            assert_close(torch.from_numpy(y), model(images(*size)))
+
+
+def test_onnx_refuses(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        to_onnx(make().train(), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=r"example must be .* got \(1, 3, 64, 64\)"):
+        to_onnx(make().eval(), tmp_path / "a.onnx", images(1))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"pip install mambaout-kernels\[export\]"):
+        to_onnx(make().eval(), tmp_path / "a.onnx")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:")
+@pytest.mark.parametrize("make_model", [make, lambda: nn.Sequential(make())])
+def test_script_is_refused_with_what_to_use(make_model):
+    model = make_model().eval()
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"Use torch\.compile, torch\.export .* torch\.jit\.trace; or .* unpatch"):
+        torch.jit.script(model)
+    assert torch.equal(model(images()), before(images()))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:")
+def test_trace():
+    model = make().eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images())
+        assert_close(traced(images(3, seed=4)), model(images(3, seed=4)))
