@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings_common.h"
+#include "cpu/gated_cnn_block_cpu.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -131,6 +132,32 @@ pybind11::list isa_names(bool (*wanted)(cpu::Isa)) {
   return names;
 }
 
+// Of every thread of torch's, all of them at work at once. Fewer where torch runs fewer, as inside another parallel
+// region.
+std::vector<double> fma_flops(bool bf16, double milliseconds) {
+  if (!(milliseconds > 0 && milliseconds <= 10000)) {
+    throw pybind11::value_error("milliseconds must be above 0, at most 10000; got " + std::to_string(milliseconds));
+  }
+  struct Context {
+    DType multiplied;
+    double seconds;
+    std::vector<double> rates;
+  } context{bf16 ? DType::kBFloat16 : DType::kFloat32, milliseconds / 1000,
+            std::vector<double>(torch::stable::get_num_threads())};
+  if (!cpu::block_supports(context.multiplied)) {
+    throw pybind11::value_error("bf16 must be False: the instruction set in use multiplies no bfloat16");
+  }
+  parallel_for(
+      static_cast<std::int64_t>(context.rates.size()),
+      [](void* opaque, std::int64_t begin, std::int64_t) {
+        auto& c = *static_cast<Context*>(opaque);
+        c.rates[begin] = cpu::fma_flops(c.multiplied, c.seconds);
+      },
+      &context);
+  std::erase(context.rates, 0.0);
+  return context.rates;
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = MAMBAOUT_COMPILER;
@@ -162,6 +189,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
   m.def("fingerprint", &fingerprint, pybind11::arg("memory"),
         "A hash of samples of each (address, bytes, _) of memory, which must be readable.");
+  m.def("fma_flops", &fma_flops, pybind11::arg("bf16"), pybind11::arg("milliseconds"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "FLOP/s of each of torch's threads, all at once: multiply-adds on registers, in fp32 or of bf16 pairs. Raises "
+        "ValueError where bfloat16 is not multiplied.");
   m.def("cpu_capability", [] { return std::string(cpu::isa_name(cpu::current_isa())); }, "The instruction set in use.");
   m.def("set_cpu_capability", &set_cpu_capability, pybind11::arg("name"),
         "Uses another instruction set (for tests). Raises ValueError where the processor lacks it.");

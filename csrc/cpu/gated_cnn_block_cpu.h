@@ -15,6 +15,10 @@ std::int64_t block_pack_bytes(const GatedCnnBlockShape& shape);
 int block_pack_id(const GatedCnnBlockShape& shape);
 void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters, void* packed);
 
+// Floating-point operations per second of the calling thread, measured for so many seconds: multiply-adds of the
+// instruction set in use, on registers alone. 0 where it does not multiply this dtype.
+double fma_flops(DType multiplied, double seconds);
+
 // Scratch memory in bytes, any alignment.
 std::int64_t block_workspace_bytes(const GatedCnnBlockCall& call, int num_threads);
 void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspace, ParallelFor parallel_for);

@@ -26,6 +26,7 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "bf16_products.h"
 #include "block_body.h"
 #include "downsample_body.h"
+#include "peak_body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
@@ -46,5 +47,7 @@ const BlockKernels* block_kernels_avx512_bf16(DType multiplied, DType io) {
 const DownsampleKernels* downsample_kernels_avx512_bf16(DType multiplied, DType in, DType out) {
   return multiplied == DType::kBFloat16 ? downsample_kernels_for<Bf16Products, 3>(in, out) : nullptr;
 }
+
+const PeakKernel* peak_avx512_bf16(DType multiplied) { return multiplied == DType::kBFloat16 ? &kPeakBf16 : nullptr; }
 
 }  // namespace mambaout_kernels::cpu
