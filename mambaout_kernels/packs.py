@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backends import cpu
 
@@ -30,6 +30,13 @@ class Pack:
 
     def __reduce__(self) -> tuple[type["Pack"], tuple[()]]:
         return Pack, ()
+
+
+def packed_bytes(module: nn.Module) -> int:
+    """Bytes of packed parameters that the modules in `module` keep for their next calls."""
+    found = [getattr(each, "pack", None) for each in module.modules()]
+    numbers = [pack.number for pack in found if isinstance(pack, Pack)]
+    return sum(_packs[number][1].nbytes for number in numbers if number in _packs)
 
 
 def packed(

@@ -11,11 +11,14 @@ from mambaout_kernels.benchmarking import (
     accuracy,
     inputs,
     machine,
+    measure,
     memory,
     photographs,
     plot,
     report,
+    report_parts,
     shapes,
+    stages,
     workloads,
 )
 from mambaout_kernels.benchmarking.run import Outcome, WorkerError, run
@@ -61,6 +64,13 @@ def test_rounds_fill_the_budget():
     assert len(interleave(contenders, 20.0, clock=clock)["A"].seconds) == 20
     assert len(interleave(contenders, 0.0, clock=clock, min_rounds=5)["A"].seconds) == 5
     assert len(interleave(contenders, 1e9, clock=clock, max_rounds=7)["A"].seconds) == 7
+
+
+def test_settling_is_not_timed():
+    clock = Clock()
+    contenders = [Contender(name, lambda _: clock.work(1.0)) for name in "AB"]
+    timing = interleave(contenders, 0.0, min_rounds=3, clock=clock, settle=lambda: clock.work(50.0))["B"]
+    assert timing.seconds == [1.0, 1.0, 1.0]
 
 
 def test_garbage_collection_is_switched_on_again():
@@ -178,6 +188,20 @@ def test_summary_is_silent_where_fused_is_wrong():
     assert "speedup_geomean" not in entry
 
 
+def test_summary_over_the_best_other():
+    """Neither the naive baseline nor a contender that failed is one to be compared with."""
+    rows = [row("fused", 1.0), row("eager", 4.0), row("openvino", 2.0), row("naive", 0.5)]
+    rows.append({key: value for key, value in row("onnxruntime", 0.1).items() if key not in ("median_s", "min_s")})
+    rows[-1]["failure"] = f"{workloads.NOT_AVAILABLE}: no kernels"
+    over = {entry["over"]: entry.get("speedup_geomean") for entry in report.summary(rows)}
+    assert over == {"eager": 4.0, "naive": 0.5, "openvino": 2.0, report.BEST: 2.0}
+    headings, [line] = report.cells_table(rows)
+    by_heading = dict(zip(headings, line, strict=True))
+    assert by_heading["vs best"] == "2.00x"
+    assert by_heading["ONNX Runtime, ms"] == workloads.NOT_AVAILABLE
+    assert report.best_other({"fused": rows[0], "eager": rows[1]}) is None
+
+
 def test_unsteady_timings_are_told():
     steady = [row("fused", 1.0, min_s=0.9)] * 10
     assert report.spread(steady) == []
@@ -192,7 +216,8 @@ def test_json_has_no_nan(tmp_path):
 
 
 def test_plot(tmp_path):
-    rows = [row("fused", 1.0), row("eager", 2.0), row("naive", 4.0)]
+    assert set(plot.COLOURS) == set(plot.ORDER) == set(workloads.CONTENDERS)
+    rows = [row(name, float(at)) for at, name in enumerate(workloads.CONTENDERS, start=1)]
     for each in rows:
         each |= {"per_second": 1 / each["median_s"], "speedup": 2.0 / each["median_s"]}
     assert plot.draw(tmp_path / "op.png", rows, "title")
@@ -245,7 +270,7 @@ def test_enlivened_model_has_no_special_parameters():
 
 
 def test_job_survives_json():
-    job = Job(2, 0.5, [CELL], [CELL])
+    job = Job(2, 0.5, [CELL], [CELL], [CELL, CELL], folder="somewhere")
     assert Job.from_json(job.to_json()) == job
 
 
@@ -266,3 +291,121 @@ def test_shares_of_time():
     before = {0: machine.CpuTimes(100, 50, 0)}
     after = {0: machine.CpuTimes(200, 75, 10)}
     assert machine.shares(before, after) == {0: (0.75, 0.10)}
+
+
+MODEL = Cell("model", "fwd", "fp32", 2, shapes.stages("test_mambaout")[0], ("fused", "eager"))
+
+
+def test_parts_are_the_model():
+    found = stages.parts(MODEL)
+    names = [part.name for part in found]
+    assert names == ["stem", "stage 1", *(f"{kind} {i}" for i in (2, 3, 4) for kind in ("downsample", "stage")), "head"]
+    posed = workloads.problem(MODEL)
+    with workloads.running(MODEL, "eager"):
+        assert torch.equal(found[-1].run(), posed.forward())
+    assert sum(stages.flops(part.module, part.x) for part in found) == stages.problem_flops(posed)
+
+
+def test_flops_of_a_block():
+    """Two for each multiply-add of fc1, fc2 and the 7 x 7 convolution."""
+    cell = dataclasses.replace(MODEL, subject="block", shape=SMALL)
+    dim, hidden, channels = SMALL.dim, SMALL.hidden, SMALL.conv_channels
+    expected = 2 * SMALL.height * SMALL.width * (3 * hidden * dim + 49 * channels)
+    assert stages.problem_flops(workloads.problem(cell)) == expected
+
+
+def test_part_rows():
+    peak = {"fp32": 1e12}
+    rows = measure.stage_rows(MODEL, 1, 0.001, peak, measure.Watch())
+    fused = [row for row in rows if row["contender"] == "fused"]
+    assert len(rows) == 2 * len(fused)
+    *parts, total = fused
+    assert total["part"] == "sum"
+    assert total["flops"] == sum(row["flops"] for row in parts)
+    assert total["min_s"] >= sum(row["min_s"] for row in parts)
+    for each in fused:
+        assert each["peak_share"] == pytest.approx(2 * each["flops"] / each["median_s"] / 1e12)
+    headings, lines = report_parts.parts_table(rows)
+    assert len(lines) == len(fused)
+    assert all(len(line) == len(headings) for line in lines)
+    assert report.cells_table(rows)[1] == report.summary(rows) == []
+
+
+@pytest.mark.skipif(backends.status()["cpu"] is not None, reason="the compiled module is not there")
+class TestFmaPeak:
+    def test_of_every_instruction_set(self):
+        module = backends.load("cpu").module
+        before = module.cpu_capability()
+        peaks = {}
+        try:
+            for isa in module.supported_cpu_capabilities():
+                module.set_cpu_capability(isa)
+                peaks[isa] = machine.fma_peak(repetitions=2, milliseconds=2.0)
+        finally:
+            module.set_cpu_capability(before)
+        for isa, peak in peaks.items():
+            assert set(peak) == ({"fp32", "bf16"} if isa == "avx512_bf16" else {"fp32"})
+            # Vectors of 4 to 16 at 10 MHz to 10 GHz: a wrong count of operations or of seconds is outside.
+            assert all(1e8 < flops / torch.get_num_threads() < 2e12 for flops in peak.values())
+
+    def test_of_every_thread(self):
+        module = backends.load("cpu").module
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                assert len(module.fma_flops(False, 1.0)) == threads
+        finally:
+            torch.set_num_threads(before)
+
+    def test_takes_the_time_it_is_given_and_lets_others_run(self):
+        import threading
+        import time
+
+        module, counted = backends.load("cpu").module, 0
+        thread = threading.Thread(target=module.fma_flops, args=(False, 100.0))
+        start = time.perf_counter()
+        thread.start()
+        while thread.is_alive():
+            counted += 1
+            time.sleep(0.001)
+        assert time.perf_counter() - start > 0.1
+        assert counted > 3  # 1 if it kept the interpreter to itself
+
+    def test_refuses(self):
+        module = backends.load("cpu").module
+        for wrong in (0.0, -1.0, float("nan"), 1e9):
+            with pytest.raises(ValueError, match="milliseconds must be above 0, at most 10000; got"):
+                module.fma_flops(False, wrong)
+        before = module.cpu_capability()
+        module.set_cpu_capability("portable")
+        try:
+            with pytest.raises(ValueError, match="multiplies no bfloat16"):
+                module.fma_flops(True, 1.0)
+        finally:
+            module.set_cpu_capability(before)
+
+
+def test_peak_in_words():
+    text = report_parts.peak_text({2: {"fp32": 5e11}, 1: {"fp32": 2.5e11, "bf16": 5e11}})
+    assert text.endswith("GFLOP/s: 1 thread: fp32 250, bf16 500; 2 threads: fp32 500")
+    assert report_parts.peak_text({}) == ""
+
+
+@pytest.mark.parametrize("subject", ["block", "model"])
+def test_memory_of_an_inference(subject):
+    shape = shapes.stages("test_mambaout")[0]
+    cell = Cell(subject, "fwd", "fp32", 8, shape, ("fused", "eager", "compile"))
+    job = Job(1, 0.001, memory=[cell])
+    fused, eager = run([job], lambda *_: None).rows
+    assert (fused["contender"], fused["of"], eager["kept_bytes"], eager["kept_ratio"]) == ("fused", "fwd", 0, None)
+    if eager["peak_bytes"] is None:
+        pytest.skip("the system does not tell")
+    # eager holds fc1's output and the gated product at least, of one block of the first stage
+    assert eager["peak_bytes"] > 8 * shape.height * shape.width * 3 * shape.hidden * 4
+    if backends.status()["cpu"] is None:
+        assert fused["peak_bytes"] < eager["peak_bytes"]
+        assert fused["kept_bytes"] > 3 * shape.hidden * shape.dim * 4  # fc1 and fc2, packed
+    assert fused["peak_ratio"] == fused["peak_bytes"] / eager["peak_bytes"]
+    [_, second] = report.memory_table([fused, eager])[1]
+    assert second[0] == f"{subject} fwd"

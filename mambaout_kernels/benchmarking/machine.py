@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__, backends
+from ..backends.cpu import multiplies_bf16
 
 BUSY_LIMIT = 0.10  # share of the CPUs' time that others use, before
 STEAL_LIMIT = 0.02  # share that the hypervisor gave to other machines, before and during
@@ -40,6 +41,22 @@ def isa() -> str | None:
     from .. import _C
 
     return _C.cpu_capability()
+
+
+def fma_peak(repetitions: int = 5, milliseconds: float = 20.0) -> dict[str, float]:
+    """The most FLOP/s of all of PyTorch's threads at once, measured now: "fp32", and "bf16" where it is multiplied.
+
+    Multiply-adds on registers, of the instruction set in use, the best of some repetitions. Empty without the compiled
+    kernels.
+    """
+    if isa() is None:
+        return {}
+    from .. import _C
+
+    dtypes = ("fp32", "bf16") if multiplies_bf16() else ("fp32",)
+    return {
+        dtype: max(sum(_C.fma_flops(dtype == "bf16", milliseconds)) for _ in range(repetitions)) for dtype in dtypes
+    }
 
 
 def commit() -> str | None:

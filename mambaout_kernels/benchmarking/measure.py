@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import backends
-from . import accuracy, machine, memory, overhead, shapes, workloads
+from . import accuracy, machine, memory, overhead, peers, shapes, stages, workloads
 from .timing import Timing, interleave
 from .workloads import Cell
 
@@ -52,6 +53,8 @@ def _described(cell: Cell, threads: int) -> Row:
 
 
 def _backend(cell: Cell, name: str) -> str:
+    if name in peers.NAMES:
+        return peers.version(name)
     if name != "fused":
         return "PyTorch"
     like = torch.empty(1, dtype=workloads.DTYPES[cell.dtype], device=cell.device)
@@ -76,13 +79,36 @@ def _timed(timing: Timing) -> Row:
     return {"min_s": timing.minimum, "median_s": timing.median, "repetitions": len(timing.seconds)}
 
 
-def time_cell(cell: Cell, threads: int, budget_s: float, watch: Watch) -> list[Row]:
-    """One row per contender. Where fused is wrong, its row has `check` false, times, and no speed-up."""
+def _rate(flops: int | None, cell: Cell, seconds: float, peak: dict[str, float]) -> Row:
+    """FLOP per sample, FLOP/s, and its share of the FMA peak in what the dtype is multiplied in here, where known."""
+    if not flops:
+        return {}
+    rate = flops * cell.batch / seconds
+    best = peak.get("bf16" if cell.dtype == "bf16" and "bf16" in peak else "fp32")
+    share = None if best is None or cell.dtype == "fp64" or cell.device != "cpu" else rate / best
+    return {"flops": flops, "flop_per_s": rate, "peak_share": share}
+
+
+def time_cell(
+    cell: Cell,
+    threads: int,
+    budget_s: float,
+    watch: Watch,
+    peak: dict[str, float] | None = None,
+    folder: Path | None = None,
+) -> list[Row]:
+    """One row per contender. Where fused is wrong, its row has `check` false, times, and no speed-up.
+
+    `peak`: machine.fma_peak() of the same threads; `folder`: where exported models are kept.
+    """
     checked = accuracy.worst(workloads.verify(cell)) if "fused" in cell.contenders else None
-    workload = workloads.build(cell)
+    workload = workloads.build(cell, folder)
+    flops = stages.problem_flops(workloads.problem(cell)) if cell.mode == "fwd" and cell.device == "cpu" else None
+    beside = threads > 1 and any(name in peers.NAMES for name in cell.contenders)
+    settle: Callable[[], object] = (lambda: time.sleep(peers.SETTLE_S)) if beside else lambda: None
     synchronize: Callable[[], object] = torch.cuda.synchronize if cell.device == "cuda" else lambda: None
     with watch:
-        timings = interleave(workload.contenders, budget_s, synchronize=synchronize)
+        timings = interleave(workload.contenders, budget_s, synchronize=synchronize, settle=settle)
     rows = []
     for name in cell.contenders:
         row = {**_described(cell, threads), "contender": name, "backend": _backend(cell, name)}
@@ -91,6 +117,8 @@ def time_cell(cell: Cell, threads: int, budget_s: float, watch: Watch) -> list[R
         else:
             row |= {**_timed(timings[name]), **_speedups(timings, name)}
             row["per_second"] = cell.batch / timings[name].median
+            if name != "naive":  # which is another network
+                row |= _rate(flops, cell, timings[name].median, peak or {})
         if name == "fused" and checked is not None:
             row["check"] = checked.passed
             row |= {f"check_{key}": value for key, value in asdict(checked).items()}
@@ -100,17 +128,42 @@ def time_cell(cell: Cell, threads: int, budget_s: float, watch: Watch) -> list[R
     return rows
 
 
+def stage_rows(cell: Cell, threads: int, budget_s: float, peak: dict[str, float], watch: Watch) -> list[Row]:
+    """One row per part of a model and contender (fused, eager), and one of their sum."""
+    parts = stages.parts(cell)
+    with watch:
+        timings = interleave(stages.contenders(cell, parts), budget_s)
+    flops = [stages.flops(part.module, part.x) for part in parts]
+    rows = []
+    for name in stages.CONTENDERS:
+        own, eager = ([timings[f"{each} {part.name}"] for part in parts] for each in (name, "eager"))
+        figures = [*zip([part.name for part in parts], own, eager, flops, strict=True)]
+        figures.append(("sum", _sum(own), _sum(eager), sum(flops)))
+        for part_name, timing, eager_timing, operations in figures:
+            row = {**_described(cell, threads), "subject": "part", "part": part_name, "contender": name}
+            row |= {"backend": _backend(cell, name), **_timed(timing), **_rate(operations, cell, timing.median, peak)}
+            row |= _speedups({"eager": eager_timing, name: timing}, name)
+            rows.append(row)
+    return rows
+
+
+def _sum(timings: list[Timing]) -> Timing:
+    """Round by round."""
+    return Timing([sum(seconds) for seconds in zip(*(timing.seconds for timing in timings), strict=True)])
+
+
 def memory_cell(cell: Cell, threads: int) -> list[Row]:
-    """One row per contender, of the bytes kept for backward and the peak of a training step; ratios to eager's."""
-    names = [name for name in cell.contenders if name != "compile"]
+    """One row per contender: bytes kept and at the peak, of a training step or an inference; ratios to eager's."""
+    names = [name for name in cell.contenders if name not in ("compile", *peers.NAMES)]
     measured = {name: memory.measure(cell, name) for name in names}
     rows = []
     for name, (kept, peak) in measured.items():
-        row = {**_described(cell, threads), "mode": "memory", "contender": name, "backend": _backend(cell, name)}
+        row = {**_described(cell, threads), "mode": "memory", "of": cell.mode, "contender": name}
+        row["backend"] = _backend(cell, name)
         row |= {"kept_bytes": kept, "peak_bytes": peak, "kept_ratio": None, "peak_ratio": None}
         if "eager" in measured:
             eager_kept, eager_peak = measured["eager"]
-            row["kept_ratio"] = kept / eager_kept
+            row["kept_ratio"] = kept / eager_kept if eager_kept else None
             row["peak_ratio"] = peak / eager_peak if peak and eager_peak else None  # 0: below what can be seen
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""What a training step keeps and needs in memory, beyond parameters, their gradients and the input."""
+"""What a training step or an inference needs in memory, beyond parameters, their gradients and the input."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..packs import packed_bytes
 from . import workloads
 from .workloads import Cell, Problem
 
@@ -15,7 +16,8 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "655
 
 
 def measure(cell: Cell, name: str) -> tuple[int, int | None]:
-    """(bytes kept between forward and backward, peak bytes) of one contender's training step.
+    """(bytes kept between forward and backward, peak bytes) of one contender's training step; in mode "fwd" (bytes of
+    packed parameters kept between calls, peak bytes) of its inference.
 
     Each parameter's gradient is dropped as soon as it is there, so the peak is of activations and their gradients, with
     what the operations themselves allocate on the way.
@@ -23,6 +25,11 @@ def measure(cell: Cell, name: str) -> tuple[int, int | None]:
     posed = workloads.problem(cell, full_channel=name == "naive")
     leaves = list(posed.leaves.values())
     with workloads.running(cell, name):
+        if cell.mode == "fwd":
+            for _ in range(2):
+                posed.forward()
+            peak = peak_bytes(posed.forward, cell.device)
+            return 0 if posed.module is None else packed_bytes(posed.module), peak
         dy = workloads.gradient_of(posed.forward())
         handles = [leaf.register_post_accumulate_grad_hook(_drop_gradient) for leaf in leaves]
 

@@ -9,7 +9,8 @@ from .report import precision
 from .workloads import CONTENDERS
 
 COLOURS = {"naive": "#b8b8b8", "eager": "#7f7f7f", "compile": "#e39b3b", "fused": "#2c6fbb"}
-ORDER = ("naive", "eager", "compile", "fused")
+COLOURS |= {"onnxruntime": "#5f9e6e", "openvino": "#8d6bb0"}
+ORDER = ("naive", "eager", "compile", "onnxruntime", "openvino", "fused")
 COLUMNS = 4
 
 
@@ -63,7 +64,7 @@ def _bars(ax: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         positions = [at + (index - (len(names) - 1) / 2) * width for at in found]
         heights = [by_group[groups[at]] for at in found]
         bars = ax.bar(positions, heights, 0.94 * width, label=CONTENDERS[name], color=COLOURS[name])
-        if name in ("fused", "compile"):
+        if name not in ("naive", "eager"):
             ax.bar_label(bars, fmt="%.2f" if max(heights, default=0) < 3 else "%.1f", fontsize=7, padding=1)
     ax.axhline(1, color="#444444", linewidth=0.7)
     ax.set_xticks(range(len(groups)), [f"{label}\nbatch {batch}" for label, batch in groups], fontsize=7.5)

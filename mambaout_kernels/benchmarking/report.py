@@ -12,10 +12,12 @@ from typing import Any
 from . import machine
 from .measure import Row
 from .run import Outcome
-from .workloads import CONTENDERS
+from .workloads import CONTENDERS, NOT_AVAILABLE, SUBJECTS
 
 SCHEMA = 1
 SPREAD_LIMIT = 1.5
+BEST = "best"  # of all that compute the same: every one but fused and naive
+WIDE = 4  # contenders, beyond which a table has no column of fused's speed-up over each
 Table = tuple[list[str], list[list[str]]]  # headings, rows
 
 
@@ -33,6 +35,22 @@ def _groups(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return groups
+
+
+def timed_cells(rows: Iterable[Row]) -> list[Row]:
+    """The rows of whole cells that were timed."""
+    return [row for row in rows if row["subject"] in SUBJECTS and row.get("mode") != "memory"]
+
+
+def best_other(by_name: dict[str, Row]) -> Row | None:
+    """Least median and least minimum of the contenders of a cell that compute what fused does; None for fewer than 2.
+
+    Not "naive", which computes more, nor what failed.
+    """
+    others = [row for name, row in by_name.items() if name not in ("fused", "naive") and "median_s" in row]
+    if len(others) < 2:
+        return None
+    return {key: min(row[key] for row in others) for key in ("median_s", "min_s")}
 
 
 def precision(row: Row) -> str:
@@ -57,12 +75,16 @@ _CELL = (*_GROUP, "label", "batch")
 def summary(rows: Sequence[Row]) -> list[Row]:
     """How many times fused is faster, by subject, mode, dtype, threads and whom it is compared with ("over").
 
-    Geometric mean over the group's cells, and the worst cell. No figures where fused is wrong in any of them.
+    Over BEST: of each cell, the best other. Geometric mean over the group's cells, and the worst cell. No figures where
+    fused is wrong in any of them.
     """
-    timed = [row for row in rows if row.get("mode") != "memory" and row["subject"] != "overhead"]
+    timed = timed_cells(rows)
     cells = [{row["contender"]: row for row in members} for members in _groups(timed, *_CELL).values()]
+    for cell in cells:
+        if (best := best_other(cell)) is not None:
+            cell[BEST] = best
     found = []
-    for other in CONTENDERS:
+    for other in (*CONTENDERS, BEST):
         pairs = [(cell["fused"], cell[other]) for cell in cells if other != "fused" and {"fused", other} <= cell.keys()]
         for group, members in _groups(({**dict(fused), "_other": row} for fused, row in pairs), *_GROUP).items():
             compared = [row for row in members if "failure" not in row["_other"]]
@@ -90,7 +112,7 @@ def _compared(rows: Sequence[Row]) -> Row:
 def memory_summary(rows: Sequence[Row]) -> list[Row]:
     """Bytes kept for backward and at the peak as a multiple of eager's: geometric mean and worst over all cells."""
     found = []
-    keys = (*_GROUP, "contender")
+    keys = (*_GROUP, "of", "contender")
     for group, members in _groups((row for row in rows if row.get("mode") == "memory"), *keys).items():
         if group[-1] == "eager":
             continue
@@ -121,6 +143,7 @@ def document(name: str, outcome: Outcome, settings: dict[str, Any], warnings: Se
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine.description(),
             "settings": settings,
+            "fma_peak_by_threads": {str(threads): peak for threads, peak in outcome.fma_peak.items()},
             "pinned_core_by_threads": {str(threads): core for threads, core in outcome.pinned.items()},
             "warnings": list(warnings),
             "summary": summary(outcome.rows),
@@ -146,7 +169,7 @@ def _milliseconds(row: Row | None) -> str:
     if row is None:
         return ""
     if "failure" in row:
-        return "failed"
+        return NOT_AVAILABLE if row["failure"].startswith(NOT_AVAILABLE) else "failed"
     return f"{row['min_s'] * 1e3:.3g} / {row['median_s'] * 1e3:.3g}"
 
 
@@ -155,10 +178,15 @@ def _times(value: float | None) -> str:
 
 
 def cells_table(rows: Sequence[Row]) -> Table:
-    """A line per cell: each contender's minimum and median, fused's speed-up over each other one, its check."""
-    timed = [row for row in rows if row.get("mode") != "memory" and row["subject"] != "overhead"]
+    """A line per cell: each contender's minimum and median, fused's speed-up over each other one, its check.
+
+    Of many contenders, its speed-up over the best of them alone: the summary has the others.
+    """
+    timed = timed_cells(rows)
     names = [name for name in CONTENDERS if any(row["contender"] == name for row in timed)]
     others = [name for name in names if name != "fused"] if "fused" in names else []
+    if len(names) > WIDE:
+        others = [BEST]
     headings = ["what", "shape", "batch", "dtype", "thr"]
     headings += [f"{CONTENDERS[name]}, ms" for name in names] + [f"vs {name}" for name in others] + ["check"]
     lines = []
@@ -168,6 +196,8 @@ def cells_table(rows: Sequence[Row]) -> Table:
         fused = by_name.get("fused", {})
         line = [f"{first['subject']} {first['mode']}", first["label"], str(first["batch"]), precision(first)]
         line += [str(first["threads"]), *(_milliseconds(by_name.get(name)) for name in names)]
+        if (best := best_other(by_name)) is not None:
+            by_name[BEST] = best
         for name in others:
             valid = fused.get("check", True) and "median_s" in fused and "median_s" in by_name.get(name, {})
             line.append(_times(by_name[name]["median_s"] / fused["median_s"]) if valid else "")
@@ -189,7 +219,7 @@ def summary_table(entries: Sequence[Row]) -> Table:
     lines = []
     for entry in entries:
         line = [f"{entry['subject']} {entry['mode']}", precision(entry), str(entry["threads"])]
-        line.append(CONTENDERS[entry["over"]])
+        line.append(CONTENDERS.get(entry["over"], "the best other"))
         if entry["red"]:
             lines.append([*line, "WRONG", "", "", f"{entry['red']} of {entry['cells']} cells"])
             continue
@@ -203,14 +233,14 @@ def memory_summary_table(entries: Sequence[Row]) -> Table:
     headings = ["what", "dtype", "contender", "kept, geomean", "worst", "peak, geomean", "worst"]
     lines = []
     for entry in entries:
-        line = [f"{entry['subject']} train", precision(entry), CONTENDERS[entry["contender"]]]
+        line = [f"{entry['subject']} {entry['of']}", precision(entry), CONTENDERS[entry["contender"]]]
         keys = ("kept_ratio_geomean", "kept_ratio_worst", "peak_ratio_geomean", "peak_ratio_worst")
         lines.append([*line, *(_times(entry.get(key)) for key in keys)])
     return headings, lines
 
 
 def memory_table(rows: Sequence[Row]) -> Table:
-    """A line per cell and contender: MiB kept for backward and at the peak, and their ratios to eager's."""
+    """A line per cell and contender: MiB kept (for backward; packed parameters) and at the peak; ratios to eager's."""
     headings = ["what", "shape", "batch", "dtype", "contender", "kept, MiB", "peak, MiB", "kept", "peak"]
     lines = []
     for row in rows:
@@ -218,14 +248,14 @@ def memory_table(rows: Sequence[Row]) -> Table:
             continue
         sizes = [f"{row[key] / 2**20:.1f}" if row[key] is not None else "" for key in ("kept_bytes", "peak_bytes")]
         ratios = [_times(row[key]) for key in ("kept_ratio", "peak_ratio")]
-        line = [f"{row['subject']} train", row["label"], str(row["batch"]), precision(row)]
+        line = [f"{row['subject']} {row['of']}", row["label"], str(row["batch"]), precision(row)]
         lines.append([*line, CONTENDERS[row["contender"]], *sizes, *ratios])
     return headings, lines
 
 
 def throughput_table(rows: Sequence[Row]) -> Table:
     """A line per model cell: images per second of each contender, and fused's check."""
-    models = [row for row in rows if row["subject"] == "model" and row.get("mode") != "memory"]
+    models = [row for row in timed_cells(rows) if row["subject"] == "model"]
     names = [name for name in CONTENDERS if any(row["contender"] == name for row in models)]
     headings = ["model", "mode", "batch", "dtype", "thr", *(CONTENDERS[name] for name in names), "check"]
     lines = []

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     disturbances: list[str] = field(default_factory=list)
     pinned: dict[int, int | None] = field(default_factory=dict)  # threads -> core
+    fma_peak: dict[int, dict[str, float]] = field(default_factory=dict)  # threads -> dtype -> FLOP/s
 
 
 class WorkerError(RuntimeError):
@@ -29,15 +30,18 @@ class WorkerError(RuntimeError):
 def run(jobs: Iterable[Job], on_step: Callable[[Job, str], None]) -> Outcome:
     """Run jobs one at a time; `on_step` hears what is about to be measured."""
     outcome = Outcome()
-    for job in jobs:
-        for event in _events(job):
-            if "step" in event:
-                on_step(job, event["step"])
-            elif "rows" in event:
-                outcome.rows += event["rows"]
-            else:
-                outcome.disturbances += event["disturbances"]
-                outcome.pinned[job.threads] = event["pinned"]
+    with tempfile.TemporaryDirectory(prefix="mambaout-kernels-") as folder:
+        for job in jobs:
+            for event in _events(replace(job, folder=folder)):
+                if "step" in event:
+                    on_step(job, event["step"])
+                elif "rows" in event:
+                    outcome.rows += event["rows"]
+                else:
+                    outcome.disturbances += event["disturbances"]
+                    outcome.pinned[job.threads] = event["pinned"]
+                    if event["fma_peak"]:
+                        outcome.fma_peak[job.threads] = event["fma_peak"]
     return outcome
 
 

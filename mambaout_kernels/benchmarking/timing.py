@@ -46,17 +46,20 @@ def interleave(
     warmup_rounds: int = 2,
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], object] = _nothing,
+    settle: Callable[[], object] = _nothing,
 ) -> dict[str, Timing]:
     """Time contenders A B A B ...: whatever disturbs the machine meets all of them alike.
 
     Rounds are run until `budget_s` seconds have passed, but at least `min_rounds` and at most `max_rounds`.
-    `synchronize` waits for a device; it is called before each reading of the clock.
+    `synchronize` waits for a device; it is called before each reading of the clock. `settle` is called before each
+    repetition, untimed: it can wait until the threads of the contender before have gone to sleep.
     """
 
     def once(contender: Contender) -> float:
         with contender.context():
             prepared = contender.prepare()
             synchronize()
+            settle()
             start = clock()
             contender.run(prepared)
             synchronize()

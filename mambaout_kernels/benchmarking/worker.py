@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .shapes import Shape
@@ -17,17 +18,19 @@ from .workloads import Cell
 
 @dataclass
 class Job:
-    """Cells to time, and cells whose memory to measure, on one number of threads."""
+    """Cells to time, to time part by part, and whose memory to measure, on one number of threads."""
 
     threads: int
     budget_s: float
     timed: list[Cell] = field(default_factory=list)
+    parts: list[Cell] = field(default_factory=list)
     memory: list[Cell] = field(default_factory=list)
     overhead: bool = False
+    folder: str | None = None  # where exported models are kept for the jobs that follow
 
     @property
     def steps(self) -> int:
-        return len(self.timed) + len(self.memory) + int(self.overhead)
+        return len(self.timed) + len(self.parts) + len(self.memory) + int(self.overhead)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -35,7 +38,7 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> "Job":
         content = json.loads(text)
-        for key in ("timed", "memory"):
+        for key in ("timed", "parts", "memory"):
             content[key] = [
                 Cell(**{**cell, "shape": Shape(**cell["shape"]), "contenders": tuple(cell["contenders"])})
                 for cell in content[key]
@@ -55,25 +58,31 @@ def _pin(threads: int) -> int | None:
 
 
 def events(job: Job) -> Iterator[dict[str, Any]]:
-    """{"step": what comes next}, {"rows": [...]} after it; at the end {"pinned": core, "disturbances": [...]}."""
+    """{"step": what comes next}, {"rows": [...]} after it; at the end {"pinned": core, "disturbances": [...],
+    "fma_peak": FLOP/s by dtype}."""
     import torch
 
-    from . import measure
+    from . import machine, measure
 
     pinned = _pin(job.threads)
     torch.set_num_threads(job.threads)
+    peak = machine.fma_peak() if job.timed or job.parts else {}
+    folder = None if job.folder is None else Path(job.folder)
     watch = measure.Watch()
     for cell in job.timed:
         yield {"step": f"{cell.subject} {cell.mode} {cell.label} {cell.dtype}, batch {cell.batch}"}
-        yield {"rows": measure.time_cell(cell, job.threads, job.budget_s, watch)}
-    disturbances = watch.disturbances(job.threads) if job.timed else []
+        yield {"rows": measure.time_cell(cell, job.threads, job.budget_s, watch, peak, folder)}
+    for cell in job.parts:
+        yield {"step": f"parts of {cell.label} {cell.dtype}, batch {cell.batch}"}
+        yield {"rows": measure.stage_rows(cell, job.threads, job.budget_s, peak, watch)}
+    disturbances = watch.disturbances(job.threads) if job.timed or job.parts else []
     for cell in job.memory:
-        yield {"step": f"memory of {cell.subject} {cell.label} {cell.dtype}, batch {cell.batch}"}
+        yield {"step": f"memory of {cell.subject} {cell.mode} {cell.label} {cell.dtype}, batch {cell.batch}"}
         yield {"rows": measure.memory_cell(cell, job.threads)}
     if job.overhead:
         yield {"step": "overhead of a call"}
         yield {"rows": measure.overhead_rows(job.threads, job.budget_s)}
-    yield {"pinned": pinned, "disturbances": disturbances}
+    yield {"pinned": pinned, "disturbances": disturbances, "fma_peak": peak}
 
 
 def main() -> None:

@@ -4,12 +4,15 @@ fused     this package, on the best backend for the device
 eager     the same modules as separate PyTorch operations ("eager partial": C of D channels convolved)
 naive     the paper's baseline before partial convolution: all D channels convolved, PyTorch operations
 compile   torch.compile of eager
+and peers, other runtimes (peers.py), for the forward of blocks and models on the CPU
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from .. import backends
 from ..block import FusedGatedCNNBlock
 from ..models import ACTIVATION_LAYERS, VARIANTS, create_model
 from ..ops import gated_dwconv
-from . import accuracy, inputs
+from . import accuracy, inputs, peers
 from .shapes import Shape
 from .timing import Contender
 
@@ -30,8 +33,10 @@ MODES = {
 }
 CONTENDERS = {
     "fused": "fused", "eager": "eager partial", "naive": "naive full-channel", "compile": "torch.compile",
+    **peers.NAMES,
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+NOT_AVAILABLE = "not available"
 CHECKED_BATCH = 2  # fp64 is slow; every sample takes the same path
 
 
@@ -61,6 +66,8 @@ class Problem:
 
     forward: Callable[[], Tensor]
     leaves: dict[str, Tensor]  # what a training step differentiates by
+    module: nn.Module | None = None  # where forward is module(x)
+    x: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def _module_problem(cell: Cell, module: nn.Module, x: Tensor, dtype: torch.dtype
     leaves: dict[str, Tensor] = dict(module.named_parameters())
     if wrt_input:
         leaves["x"] = x
-    return Problem(partial(module, x), leaves)
+    return Problem(partial(module, x), leaves, module, x)
 
 
 _PROBLEMS = {"op": _op_problem, "block": _block_problem, "model": _model_problem}
@@ -159,22 +166,64 @@ def _compiled(posed: Problem) -> Problem:
     return replace(posed, forward=torch.compile(posed.forward, fullgraph=True, dynamic=False))
 
 
-def build(cell: Cell) -> Workload:
-    """Every contender of the cell, ready to run; one that cannot be built is named with its reason instead."""
+def _peer(name: str, cell: Cell, folder: Path) -> Contender:
+    """A peer on the cell's model and inputs in fp32, which it rounds itself; compared with eager before it is timed.
+
+    Raises:
+        peers.NotAvailable: it does not compute in the cell's dtype. ValueError: its output is wrong.
+    """
+    plain = replace(cell, dtype="fp32", autocast=False)
+    posed, exact, eager = problem(plain), problem(plain, dtype=torch.float64), problem(cell)
+    assert posed.module is not None
+    assert posed.x is not None
+    module, x = posed.module, posed.x
+    path = f"{cell.subject}-{cell.shape.variant}-{cell.shape.stage}"
+    run = peers.build(name, lambda: peers.export(folder, path, module.eval(), x), x, cell.dtype)
+    y = run()[:CHECKED_BATCH].clone()  # a runtime may write over its last output
+    found = accuracy.compare(
+        "y", y.to(_output(cell, eager).dtype), _output(cell, eager), _output(plain, exact), peers.SLACK
+    )
+    if not found.passed:
+        raise ValueError(f"its output is wrong: error {found.error:.1e}, allowed {found.allowed:.1e}")
+    return Contender(name, lambda _: run(), context=partial(running, cell, name))
+
+
+def _output(cell: Cell, posed: Problem) -> Tensor:
+    """Of the first samples, by eager."""
+    assert posed.module is not None
+    assert posed.x is not None
+    with running(cell, "eager"):
+        return posed.module(posed.x[:CHECKED_BATCH])
+
+
+def _built(name: str, cell: Cell, partial_channel: Problem, folder: Path) -> Contender:
+    if name in peers.NAMES:
+        return _peer(name, cell, folder)
+    posed = problem(cell, full_channel=True) if name == "naive" else partial_channel
+    contender = _contender(name, cell, _compiled(posed) if name == "compile" else posed)
+    if name == "compile":
+        with contender.context():
+            contender.run(contender.prepare())
+    return contender
+
+
+def build(cell: Cell, folder: Path | None = None) -> Workload:
+    """Every contender of the cell, ready to run; one that cannot be built is named with its reason instead.
+
+    `folder` is where exported models are kept for further calls, in other processes too.
+    """
     partial_channel = problem(cell)
     workload = Workload([], {})
-    for name in cell.contenders:
-        posed = problem(cell, full_channel=True) if name == "naive" else partial_channel
-        try:
-            contender = _contender(name, cell, _compiled(posed) if name == "compile" else posed)
-            if name == "compile":
-                with contender.context():
-                    contender.run(contender.prepare())
-            workload.contenders.append(contender)
-        except Exception as error:
-            if name != "compile":
-                raise
-            workload.failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    with TemporaryDirectory(prefix="mambaout-kernels-") as own:
+        for name in cell.contenders:
+            try:
+                workload.contenders.append(_built(name, cell, partial_channel, folder or Path(own)))
+            except peers.NotAvailable as reason:
+                workload.failures[name] = f"{NOT_AVAILABLE}: {reason}"
+            except Exception as error:
+                if name not in ("compile", *peers.NAMES):
+                    raise
+                workload.failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return workload
 
 

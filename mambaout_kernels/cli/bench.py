@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..benchmarking import inputs, machine, plot, report, shapes, workloads
+from ..benchmarking import inputs, machine, peers, plot, report, report_parts, shapes, workloads
 from ..benchmarking.measure import Row
 from ..benchmarking.run import Outcome, WorkerError
 from ..benchmarking.run import run as run_jobs
@@ -21,8 +21,8 @@ from .terminal import UsageError, comma_list, one_of, positive, positive_seconds
 _MODES = {**{mode: mode for mode in workloads.MODES}, "infer": "fwd"}
 _HELP = {
     "op": "the fused op alone: split, convolution, activation, cat, product",
-    "block": "a whole Gated CNN block; with the memory of a training step",
-    "model": "a whole model",
+    "block": "a whole Gated CNN block; with the memory of an inference and of a training step",
+    "model": "a whole model, beside other runtimes; part by part; with the memory of an inference",
     "main": "op, blocks and model on real photographs: what `make bench` runs",
     "overhead": "what a call of the op costs in Python",
 }
@@ -89,9 +89,15 @@ def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
     if name != "op":
         command.add_argument("--autocast", action="store_true",
                              help="parameters stay fp32 and PyTorch casts, as in mixed-precision training")  # fmt: skip
-    if name == "block":
+    if name in ("block", "model"):
         command.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True,
-                             help="measure the memory of a training step too")  # fmt: skip
+                             help="measure the memory too: of an inference, and of a training step")  # fmt: skip
+        command.add_argument("--peers", action=argparse.BooleanOptionalAction, default=name == "model",
+                             help=f"{' and '.join(peers.NAMES.values())} too, those installed; in mode fwd on the "
+                             "CPU")  # fmt: skip
+    if name == "model":
+        command.add_argument("--stages", action=argparse.BooleanOptionalAction, default=True,
+                             help="fused and eager part by part too: stem, stages, downsamples, head")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -156,14 +162,17 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         return [Job(n, args.budget, [*op, *(block if n == max(threads) else []), *model]) for n in threads]
     modes = list(dict.fromkeys(_MODES[mode] for mode in args.mode))
     cells = _cells(args, args.what, modes, device)
-    jobs = [Job(count, args.budget, cells) for count in threads]
+    whole = [cell for cell in cells if cell.mode == "fwd"] if getattr(args, "stages", False) else []
+    jobs = [Job(count, args.budget, cells, whole) for count in threads]
     if getattr(args, "memory", False):
-        jobs.append(Job(max(threads), args.budget, memory=_cells(args, "block", ["train"], device)))
+        steps = [mode for mode in modes if mode != "bwd"]
+        jobs.append(Job(max(threads), args.budget, memory=_cells(args, args.what, steps, device)))
     return jobs
 
 
 def _cells(args: argparse.Namespace, subject: str, modes: Sequence[str], device: str) -> list[Cell]:
     contenders = ["fused", "eager"] + ["naive"] * args.naive + ["compile"] * args.compile
+    others = peers.installed() if getattr(args, "peers", False) and device == "cpu" else []
     found = []
     for mode, dtype, variant, batch in itertools.product(modes, args.dtype, args.variant, args.batch):
         try:
@@ -172,7 +181,8 @@ def _cells(args: argparse.Namespace, subject: str, modes: Sequence[str], device:
             raise UsageError(f"--stage: {error}") from None
         for shape in stages[:1] if subject == "model" else stages:
             autocast = subject != "op" and getattr(args, "autocast", False) and dtype in ("bf16", "fp16")
-            found.append(Cell(subject, mode, dtype, batch, shape, tuple(contenders), autocast, args.input, device))
+            names = (*contenders, *others) if mode == "fwd" else tuple(contenders)
+            found.append(Cell(subject, mode, dtype, batch, shape, names, autocast, args.input, device))
     return found
 
 
@@ -189,8 +199,14 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
         "minimum / median; vs: times that fused is faster, by medians; "
         "check: against fp64, and how far from eager, as a share of the largest value"
     )
+    if peak := report_parts.peak_text(outcome.fma_peak):
+        title += f"\n{peak}"
     show_table(title, *report.cells_table(outcome.rows))
-    show_table("memory of a training step, and as a multiple of eager's", *report.memory_table(outcome.rows))
+    shares = "ms per image by medians, and share of the FMA peak: matrix products and convolutions over the time of all"
+    show_table(shares, *report_parts.peak_table(outcome.rows))
+    show_table("parts, by medians; of peak: as above", *report_parts.parts_table(outcome.rows))
+    memory_title = "memory, and as a multiple of eager's; kept: for backward, or in mode fwd packed parameters"
+    show_table(memory_title, *report.memory_table(outcome.rows))
     summary, memory_summary = report.summary(outcome.rows), report.memory_summary(outcome.rows)
     show_table("times that fused is faster, over all shapes and batches", *report.summary_table(summary))
     show_table("memory as a multiple of eager's, over all", *report.memory_summary_table(memory_summary))
@@ -199,8 +215,11 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
     wrong = report.red(outcome.rows)
     if wrong:
         print(f"WRONG: in {len(wrong)} comparisons fused is further from fp64 than allowed; they have no speed-up")
-    for failure in sorted({row["failure"] for row in outcome.rows if "failure" in row}):
-        print(f"torch.compile failed: {failure}")
+    if getattr(args, "peers", False) and (line := peers.left_out()) is not None:
+        print(line)
+    for name, failure in sorted({(row["contender"], row["failure"]) for row in outcome.rows if "failure" in row}):
+        refused = failure.startswith(workloads.NOT_AVAILABLE)
+        print(f"{workloads.CONTENDERS[name]} {'' if refused else 'failed: '}{failure}")
     for warning in warnings:
         print(f"warning: not a quiet machine: {warning}")
 
@@ -219,4 +238,4 @@ def _write(args: argparse.Namespace, outcome: Outcome, settings: dict[str, Any],
 
 
 def _plotted(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["subject"] in workloads.SUBJECTS and row["mode"] != "memory"]
+    return report.timed_cells(rows)

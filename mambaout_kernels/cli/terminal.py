@@ -83,7 +83,7 @@ def show_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str
         style = "red" if any(text.startswith(("WRONG", "FAILED")) for text in line) else None
         table.add_row(*map(Text, line), style=style)
     # Into a file or a pipe, every line whole.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
     console.print()
     console.print(table)
 
