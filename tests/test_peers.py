@@ -20,7 +20,6 @@ def folder(tmp_path_factory):
 
 
 def needs(name):
-    pytest.importorskip("mambaout_kernels.export")
     if name not in peers.installed():
         pytest.skip(peers.left_out())
 
