@@ -34,9 +34,9 @@ class Pack:
 
 def packed_bytes(module: nn.Module) -> int:
     """Bytes of packed parameters that the modules in `module` keep for their next calls."""
-    found = [getattr(each, "pack", None) for each in module.modules()]
-    numbers = [pack.number for pack in found if isinstance(pack, Pack)]
-    return sum(_packs[number][1].nbytes for number in numbers if number in _packs)
+    kept = [value for each in module.modules() for value in vars(each).values()]
+    found = [pack for value in kept for pack in (value if isinstance(value, tuple) else (value,))]
+    return sum(_packs[pack.number][1].nbytes for pack in found if isinstance(pack, Pack) and pack.number in _packs)
 
 
 def packed(

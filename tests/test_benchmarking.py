@@ -26,6 +26,7 @@ from mambaout_kernels.benchmarking.timing import Contender, Timing, interleave
 from mambaout_kernels.benchmarking.worker import Job
 from mambaout_kernels.benchmarking.workloads import Cell
 from mambaout_kernels.models import VARIANTS, create_model
+from mambaout_kernels.packs import packed_bytes
 
 [SMALL] = shapes.stages("test_mambaout", [4])
 CELL = Cell("op", "fwd", "fp32", 1, SMALL, ("fused", "eager"))
@@ -390,6 +391,19 @@ def test_peak_in_words():
     text = report_parts.peak_text({2: {"fp32": 5e11}, 1: {"fp32": 2.5e11, "bf16": 5e11}})
     assert text.endswith("GFLOP/s: 1 thread: fp32 250, bf16 500; 2 threads: fp32 500")
     assert report_parts.peak_text({}) == ""
+
+
+@pytest.mark.skipif(backends.status()["cpu"] is not None, reason="the compiled module is not there")
+def test_packed_bytes_are_of_every_part():
+    """Of the blocks, and of what else keeps packed parameters; none before the first call."""
+    model = inputs.enlivened(create_model("test_mambaout")).eval()
+    assert packed_bytes(model) == 0
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 64, 64))
+    blocks = sum(packed_bytes(stage) for stage in model.stages)
+    parts = blocks + sum(packed_bytes(each) for each in model.downsample_layers)
+    fewest = sum(4 * (block.fc1.weight.numel() + block.fc2.weight.numel()) for stage in model.stages for block in stage)
+    assert fewest <= blocks <= parts == packed_bytes(model)
 
 
 @pytest.mark.parametrize("subject", ["block", "model"])

@@ -66,7 +66,7 @@ def _bars(ax: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         bars = ax.bar(positions, heights, 0.94 * width, label=CONTENDERS[name], color=COLOURS[name])
         if name not in ("naive", "eager"):
             ax.bar_label(bars, fmt="%.2f" if max(heights, default=0) < 3 else "%.1f", fontsize=7, padding=1)
-    ax.axhline(1, color="#444444", linewidth=0.7)
+    ax.axhline(1, color="#444444", linewidth=0.7, zorder=0.5)
     ax.set_xticks(range(len(groups)), [f"{label}\nbatch {batch}" for label, batch in groups], fontsize=7.5)
     middle, half = (len(groups) - 1) / 2, max(len(groups), 2) / 2 + 0.1
     ax.set_xlim(middle - half, middle + half)
