@@ -2,6 +2,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
+
+# How many cases generated tests run, of 100: --hypothesis-profile=nightly. A case that fails is found again by the blob
+# that is printed.
+settings.register_profile("usual", max_examples=100, deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("usual")
 
 from mambaout_kernels.backends import cpu
 
