@@ -125,9 +125,7 @@ class BlockCase:
         return (LAYOUTS | CHANNELS_APART)[self.layout](x)
 
 
-_ACT_LAYERS = dict(
-    zip(ACTIVATIONS, (nn.GELU, partial(nn.GELU, approximate="tanh"), nn.SiLU, nn.Identity), strict=True)
-)
+_ACT_LAYERS = dict(zip(ACTIVATIONS, (nn.GELU, partial(nn.GELU, approximate="tanh"), nn.SiLU, nn.Identity), strict=True))
 
 
 def block_and_outputs(case: BlockCase) -> tuple[FusedGatedCNNBlock, Tensor, Tensor]:

@@ -26,7 +26,9 @@ needs_module = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.
 
 # The complaints with the tests elsewhere that cover them in depth: file::function.
 COVERED = {
-    "1 install dies without nvcc or a GPU": ["test_build::test_without_a_compiler_it_installs_and_runs_on_the_reference"],
+    "1 install dies without nvcc or a GPU": [
+        "test_build::test_without_a_compiler_it_installs_and_runs_on_the_reference"
+    ],
     "2 undefined symbol with another torch": ["test_build::test_only_torchs_stable_abi_is_used"],
     "3 no CPU path": ["test_cpu_kernels::test_against_fp64", "test_reference::test_closed_form_backward_is_autograds"],
     "4 no kernel image on a new GPU": [
@@ -348,7 +350,9 @@ def test_also_the_triton_backend_is_optional():
     """Windows and macOS have no triton: the reason is told, and nothing else fails."""
     if importlib.util.find_spec("triton") is None:
         assert "triton" in backends.status()["triton"]
-    code = "import sys; sys.modules['triton'] = None; import mambaout_kernels as m; print(m.backends.status()['triton'])"
+    code = (
+        "import sys; sys.modules['triton'] = None; import mambaout_kernels as m; print(m.backends.status()['triton'])"
+    )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "triton" in done.stdout

@@ -1,6 +1,7 @@
-"""Cases from hypothesis, 200 and more in all in `make test`, ten times as many in `make nightly`: the op on every backend
-that runs here, its gradients through autograd, and the whole block. The launch interface's are in test_cpu_launch.py,
-Triton's under the interpreter in triton_interpreter/test_triton_generated.py.
+"""Cases from hypothesis, 200 and more in `make test`, ten times as many in `make nightly`.
+
+Here the op on every backend that runs here, its gradients through autograd, and the whole block. The launch interface's
+are in test_cpu_launch.py, Triton's under the interpreter in triton_interpreter/test_triton_generated.py.
 """
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from cuda_host import host
 from generated import LOW, block_and_outputs, block_cases, number_of_cases, op_cases
 from hypothesis import assume, given
-from numerics import OUTPUTS, assert_no_worse, check_backend, eager, exact
+from numerics import assert_no_worse_in_any_case, check_backend, check_outputs, eager
 
 import mambaout_kernels as mk
 from mambaout_kernels import backends, whole_block
@@ -41,7 +42,7 @@ class on_cpu:
 def test_cpu(case):
     inputs = case.inputs
     with on_cpu(case):
-        check_backend("cpu", inputs, case.act)
+        check_backend("cpu", inputs, case.act, policy=assert_no_worse_in_any_case)
 
 
 @number_of_cases(40)
@@ -70,12 +71,8 @@ def test_public_op_and_autograd(case):
     with on_cpu(case):
         y = mk.gated_dwconv(*leaves, case.act)
         gradients = torch.autograd.grad(y, leaves, inputs.dy)
-    theirs_of, truth_of = eager(inputs, case.act), exact(inputs, case.act)
-    for name, ours, theirs, truth in zip(OUTPUTS, (y.detach(), *gradients), theirs_of, truth_of, strict=True):
-        try:
-            assert_no_worse(ours, theirs, truth)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+    gradients = [g.contiguous() for g in gradients]
+    check_outputs("op", (y.detach(), *gradients), inputs, case.act, policy=assert_no_worse_in_any_case)
     for now, then in zip((*inputs, inputs.dy), before, strict=True):
         assert torch.equal(now, then)
 
@@ -92,7 +89,7 @@ def test_whole_block(case):
         again = block(x.contiguous())
     assert ours.is_contiguous()
     assert torch.equal(ours, again)
-    assert_no_worse(ours, theirs, truth)
+    assert_no_worse_in_any_case(ours, theirs, truth)
 
 
 @needs_module
@@ -104,7 +101,7 @@ def test_trained_block(case):
     x = case.x.requires_grad_() if case.x.is_leaf else case.x.detach().requires_grad_()
     with on_cpu(case):
         y = block(x)
-    assert_no_worse(y.detach(), theirs, truth)
+    assert_no_worse_in_any_case(y.detach(), theirs, truth)
     assert y.grad_fn is not None
 
 
@@ -113,12 +110,6 @@ def test_trained_block(case):
 @given(op_cases(dtypes=(torch.float32, *LOW), most_channels=40, kernel_sizes=(1, 3, 5, 7, 9)))
 def test_cuda_on_the_host(case):
     inputs = case.inputs
-    assume(inputs.dy.numel() <= 6000)
-    ours = host.run(host.build(), inputs, case.act)
-    for name, actual, theirs, truth in zip(
-        OUTPUTS, ours, eager(inputs, case.act), exact(inputs, case.act), strict=True
-    ):
-        try:
-            assert_no_worse(actual, theirs, truth)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+    assume(0 < inputs.dy.numel() <= 6000)  # empty calls end in the binding
+    found = host.run(host.build(), inputs, case.act)
+    check_outputs("cuda", found, inputs, case.act, policy=assert_no_worse_in_any_case)

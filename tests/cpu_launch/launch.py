@@ -125,7 +125,7 @@ class Program:
 
     def _call(self, header: bytes, tensors: bytes, like: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
         if self._running is None:
-            self._log = tempfile.TemporaryFile()
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the program runs)
             self._running = subprocess.Popen(
                 [self._path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
             )
