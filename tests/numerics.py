@@ -19,18 +19,21 @@ def assert_no_worse(actual: Tensor, eager: Tensor, exact: Tensor, slack: float =
     assert found.passed, f"error {found.error:.3e}, allowed {found.allowed:.3e}"
 
 
-def assert_no_worse_in_any_case(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+def assert_no_worse_in_any_case(actual: Tensor, eager: Tensor, exact: Tensor, terms: int = 0) -> None:
     """`assert_no_worse` for generated cases, some of which are so small that eager's largest error is left to chance.
 
-    Of thousands of them some see it exceeded by more than twice; then the root mean square must be within the policy,
-    and the largest error within twice of it.
+    Of thousands of them some see it exceeded by more than twice. Then the root mean square must be within the policy,
+    and the largest error within twice of it. A gradient of a parameter, a sum of `terms` of order one to three, may be
+    a single number, whose mean is no better: it may be off by four roundings at the size that such a sum grows to.
     """
     if accuracy.compare("actual", actual, eager, exact).passed:
         return
-    assert_no_worse(actual, eager, exact, slack=2 * accuracy.SLACK)
+    grown = 4 * torch.finfo(torch.float32).eps * 3 * terms**0.5 if actual.dtype != torch.float64 else 0.0
+    largest = accuracy.compare("actual", actual, eager, exact, slack=2 * accuracy.SLACK)
+    assert largest.error <= largest.allowed + grown, f"error {largest.error:.3e}, allowed {largest.allowed + grown:.3e}"
     ours, theirs = (t.double().sub(exact).square().mean().sqrt().item() for t in (actual, eager))
     floor = 0.5 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    assert ours <= accuracy.SLACK * theirs + floor, f"rms error {ours:.3e}, eager's {theirs:.3e}"
+    assert ours <= accuracy.SLACK * theirs + floor + grown, f"rms error {ours:.3e}, eager's {theirs:.3e}"
 
 
 @dataclass
@@ -81,7 +84,10 @@ def check_outputs(name: str, found, inputs: Inputs, act: str, expected=None, pol
     for output, ours, theirs, truth in zip(OUTPUTS, found, theirs_of, truth_of, strict=True):
         try:
             assert ours.is_contiguous()
-            policy(ours, theirs, truth)
+            if policy is assert_no_worse_in_any_case and output in ("dweight", "dbias"):
+                policy(ours, theirs, truth, terms=inputs.dy.shape[:3].numel())
+            else:
+                policy(ours, theirs, truth)
         except AssertionError as error:
             raise AssertionError(f"{name}: {output}: {error}") from None
 

@@ -4,6 +4,7 @@ of the module, and under AddressSanitizer, UndefinedBehaviorSanitizer and Thread
 `make test` runs the guard pages and a few shapes under AddressSanitizer; `make sanitize` all of it.
 """
 
+import copy
 import functools
 
 import pytest
@@ -14,6 +15,7 @@ from generated import LAYOUTS, BlockCase, block_and_outputs, block_cases, number
 from hypothesis import given
 from numerics import Inputs, assert_no_worse_in_any_case, check_outputs, eager, exact, make_inputs
 
+from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
 from mambaout_kernels.reference import ACTIVATIONS
 
@@ -178,3 +180,18 @@ def test_what_lies_beside_a_buffer_is_guarded(at_begin):
     for ours, before in zip(running.op(inputs, "gelu", Where(at_begin=at_begin)), good, strict=True):
         assert torch.equal(ours, before)
     running.close()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_block_of_pixels_whose_channels_are_alike(isa):
+    """Their norm is the rounding of their mean over sqrt(eps): eager's is 0, and so must ours be."""
+    case = BlockCase((1, 3, 4, 96), (("ls_init_value", 0.5),), "gelu", torch.float32, "dense", 5, "", 1, False)
+    block, _, _ = block_and_outputs(case)
+    x = 2.5 * torch.arange(1, 13).view(1, 3, 4, 1).expand(case.shape) / 7
+
+    def by_modules(dtype):
+        with backends.force("reference"), torch.no_grad():
+            return copy.deepcopy(block).to(dtype)(x.to(dtype))
+
+    ours = program("plain").block(x.contiguous(), parameters_of(block), "gelu", block.norm.eps, False, Where(isa))
+    assert_no_worse_in_any_case(ours, by_modules(torch.float32), by_modules(torch.float64))
