@@ -30,10 +30,9 @@ class FaultySource:
 
 
 FAULTS = [
-    FaultySource("mambaout_kernels/ops.py", "ctx.save_for_backward(*tensors)\n\n\ndef _differentiate_forward",
-                 "ctx.save_for_backward(*(t.detach().mul_(1) if i else t.mul_(1) for i, t in enumerate(tensors)))"
-                 "\n\n\ndef _differentiate_forward",
-                 "tests/test_complaints.py -k test_11 or opcheck"),
+    FaultySource("mambaout_kernels/ops.py", "ctx.save_for_backward(*tensors)",
+                 "tensors[0].detach().mul_(1.5); ctx.save_for_backward(*tensors)",
+                 "tests/test_complaints.py -k test_11"),
     FaultySource("mambaout_kernels/ops.py", "gradients = _backward_op(dy, u, weight, bias, ctx.act)",
                  "gradients = _backward_op(dy.contiguous().view(dy.shape) * 1.001, u, weight, bias, ctx.act)",
                  "tests/test_generated.py -k public_op"),
@@ -51,8 +50,8 @@ FAULTS = [
                  "tests/test_concurrency.py -k changed_parameters"),
     FaultySource("mambaout_kernels/whole_block.py", "if norm.normalized_shape != (block.dim,) or", "if",
                  "tests/test_block.py"),
-    FaultySource("mambaout_kernels/checkpoints.py", "_translate(state_dict, _TO_AUTHORS,", "dict(state_dict) or (",
-                 "tests/test_checkpoints.py"),
+    FaultySource("mambaout_kernels/checkpoints.py", "return _translate(state_dict, _TO_AUTHORS, \"timm's\")",
+                 "return dict(state_dict)", "tests/test_checkpoints.py"),
     FaultySource("mambaout_kernels/backends/__init__.py", "    finally:\n        _forced = previous",
                  "    finally:\n        pass", "tests/test_backends.py"),
     FaultySource("mambaout_kernels/cli/special_values.py", "wrong = (ours.double() - exact).abs() >",
