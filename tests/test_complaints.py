@@ -346,6 +346,16 @@ def test_also_zero_size_batches(shape, name):
     assert all(not p.grad.any() for p in block.parameters())
 
 
+def test_also_a_norm_over_more_than_channels_is_not_taken_for_one_over_channels():
+    """The whole block's op norms channels: what else a caller puts there must be called."""
+    block = mk.FusedGatedCNNBlock(8).eval()
+    block.norm = nn.LayerNorm((4, 8))
+    x = torch.randn(1, 3, 4, 8)
+    with torch.no_grad():
+        ours = block(x)
+    torch.testing.assert_close(ours, block(x.requires_grad_()).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_also_the_triton_backend_is_optional():
     """Windows and macOS have no triton: the reason is told, and nothing else fails."""
     if importlib.util.find_spec("triton") is None:

@@ -14,6 +14,7 @@ from cpu_launch.launch import Fault, Where
 from generated import LAYOUTS, BlockCase, block_and_outputs, block_cases, number_of_cases, op_cases
 from hypothesis import given
 from numerics import Inputs, assert_no_worse_in_any_case, check_outputs, eager, exact, make_inputs
+from torch import nn
 
 from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
@@ -42,7 +43,14 @@ SHAPES = {
     "one column": (1, 33, 1, 16, 16, 7),
     "no pixel": (2, 0, 4, 8, 4, 7),
 }
-FEW = ("filter wider than the image", "no conv channels", "base's odd hidden", "two columns of tiles")
+FEW = (
+    "stem",
+    "between stages",
+    "filter wider than the image",
+    "no conv channels",
+    "base's odd hidden",
+    "two columns of tiles",
+)
 
 
 def cases(shapes) -> list:
@@ -134,6 +142,43 @@ def test_block(kind, shape, isa):
             where = Where(isa, threads=1 + i, at_begin=i % 2 == 1)
             ours = program(kind).block(x, parameters_of(block), "gelu", block.norm.eps, low_precision, where)
             assert_no_worse_in_any_case(ours, theirs, truth)
+
+
+# N, H, W, in_channels, out_channels, normed
+DOWNSAMPLINGS = {
+    "stem": (2, 13, 18, 3, 24, False),
+    "between stages": (1, 7, 10, 20, 37, True),
+    "one pixel": (1, 1, 1, 8, 5, True),
+    "wide": (1, 3, 171, 5, 16, True),
+    "no pixel": (0, 4, 4, 8, 16, True),
+}
+CHANNELS = {
+    "NHWC": lambda x: x,
+    "NCHW": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "with gaps": LAYOUTS["channels of a wider tensor"],
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("kind", "shape"), cases(DOWNSAMPLINGS))
+def test_downsampling(kind, shape, isa):
+    N, H, W, channels, out_channels, normed = DOWNSAMPLINGS[shape]
+    torch.manual_seed(6)
+    conv = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
+    norm = nn.LayerNorm(out_channels, eps=1e-6) if normed else None
+
+    def by_modules(x, dtype):
+        with torch.no_grad():
+            y = copy.deepcopy(conv).to(dtype)(x.to(dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return copy.deepcopy(norm).to(dtype)(y) if normed else y
+
+    for i, (dtype, layout) in enumerate((d, y) for d in (torch.float32, torch.bfloat16) for y in CHANNELS):
+        if dtype == torch.bfloat16:
+            conv, norm = (m and m.to(dtype).float() for m in (conv, norm))  # parameters that the dtype has
+        x = CHANNELS[layout](torch.randn(N, H, W, channels).to(dtype))
+        low_precision = dtype == torch.bfloat16 and isa == "avx512_bf16"
+        ours = program(kind).downsample(x, conv, norm, low_precision, Where(isa, 1 + i % 3, i % 2 == 1))
+        assert_no_worse_in_any_case(ours, by_modules(x, dtype), by_modules(x, torch.float64))
 
 
 CASES = {"plain": 40, "memory": 12, "races": 12}

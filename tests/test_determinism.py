@@ -16,19 +16,8 @@ from mambaout_kernels.backends import cpu
 if cpu.unavailable():
     pytest.skip(str(cpu.unavailable()), allow_module_level=True)
 
-from mambaout_kernels import _C
-
 THREADS = range(1, 9)
 DTYPES = [torch.float32, torch.bfloat16]
-ISAS = _C.supported_cpu_capabilities()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/downsample_cpu.h"
 #include "../../csrc/cpu/gated_cnn_block_cpu.h"
 #include "../../csrc/cpu/gated_dwconv_cpu.h"
 
@@ -22,12 +23,12 @@ using namespace mambaout_kernels;
 
 // As launch.py packs it.
 struct Call {
-  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block
+  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: downsampling
   std::int64_t isa, threads, at_begin;
   std::int64_t N, H, W, D, C, K, act, dtype, weight_dtype, bias_dtype;
-  std::int64_t dim, multiplied;  // of the block
+  std::int64_t dim, multiplied;  // of the block; of the downsampling dim to D channels, normed if C is 1
   double eps;
-  std::int64_t strides[2][3];  // of u, or x; and of dy
+  std::int64_t strides[2][3];  // of u, or x; and of dy, or x's from channel to channel
 };
 
 [[noreturn]] void fail(const char* what) {
@@ -204,13 +205,45 @@ void run_block(const Call& call) {
   out.write();
 }
 
+void run_downsample(const Call& call) {
+  const bool at_begin = call.at_begin != 0;
+  const int threads = static_cast<int>(call.threads);
+  DownsampleCall downsample{};
+  downsample.shape = {call.dim,
+                      call.D,
+                      call.C != 0,
+                      static_cast<Act>(call.act),
+                      static_cast<float>(call.eps),
+                      static_cast<DType>(call.multiplied)};
+  if (!cpu::downsample_supports(downsample.shape.multiplied)) fail("no downsampling multiplies this dtype here");
+  const Input x(at_begin), weight(at_begin), bias(at_begin), norm_weight(at_begin), norm_bias(at_begin);
+  const Memory packed(cpu::downsample_pack_bytes(downsample.shape), at_begin, 64);
+  cpu::pack_downsample(downsample.shape, {weight.floats(), bias.floats(), norm_weight.floats(), norm_bias.floats()},
+                       packed.data());
+  downsample.N = call.N;
+  downsample.H = call.H;
+  downsample.W = call.W;
+  downsample.in_dtype = static_cast<DType>(call.dtype);
+  downsample.out_dtype = static_cast<DType>(call.weight_dtype);
+  downsample.x = view(x, call.strides[0]);
+  downsample.x_stride_c = call.strides[1][0];
+  downsample.packed = packed.data();
+  const Memory out(call.N * downsample.out_height() * downsample.out_width() * call.D * bytes_of(call.weight_dtype),
+                   at_begin);
+  downsample.out = out.data();
+  const Memory workspace(cpu::downsample_workspace_bytes(downsample, threads), at_begin);
+  cpu::downsample_forward(downsample, threads, workspace.data(), on_threads);
+  finish({&x, &weight, &bias, &norm_weight, &norm_bias}, {&packed, &out, &workspace});
+  out.write();
+}
+
 }  // namespace
 
 int main() {
   Call call;
   while (std::fread(&call, sizeof(call), 1, stdin) == 1) {
     if (!cpu::set_isa(static_cast<cpu::Isa>(call.isa))) fail("this processor lacks the instruction set");
-    call.kind == 2 ? run_block(call) : run_op(call);
+    call.kind == 3 ? run_downsample(call) : call.kind == 2 ? run_block(call) : run_op(call);
     std::fwrite("finished", 1, 8, stdout);
     std::fflush(stdout);
   }
