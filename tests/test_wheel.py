@@ -1,4 +1,4 @@
-"""A source distribution, a wheel from it, and what of it runs without the source tree: minutes, so in `make nightly`."""
+"""A source distribution, a wheel from it, and what of it runs without the source tree. Minutes: `make nightly`."""
 
 import os
 import subprocess
