@@ -5,8 +5,9 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 BENCH_OUT ?= benchmarks/results
+CPP := '*.h' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: bench test lint format abi gpu-acceptance clean
+.PHONY: bench test nightly sanitize lint format abi gpu-acceptance clean
 
 bench: $(READY)
 	$(RUN) -m mambaout_kernels bench main --out $(BENCH_OUT)
@@ -15,16 +16,25 @@ test: $(READY)
 	$(RUN) -m pytest tests
 	@if [ -d tests/triton_interpreter ]; then TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter; fi
 
+# Ten times as many generated cases as make test, and tensors beyond 2^31 elements (some 15 GiB of memory).
+nightly: $(READY)
+	$(RUN) -m pytest tests --hypothesis-profile=nightly -m "generated or nightly"
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter --hypothesis-profile=nightly -m "generated or nightly"
+
+# The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: tests/cpu_launch.
+sanitize: $(READY)
+	$(RUN) -m pytest tests/test_cpu_launch.py -m "sanitize or not sanitize"
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files $(CPP))
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format -i $$(git ls-files $(CPP))
 
 # On the day a GPU is there: correctness, sanitizers, times beside predictions; ten minutes. ARGS=--dry: on the CPU.
 gpu-acceptance: $(READY)

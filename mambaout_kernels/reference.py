@@ -78,8 +78,8 @@ def _split(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dwconv(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise convolution of an NHWC tensor, in its own dtype, as PyTorch's layers under autocast do it."""
-    if weight.shape[0] == 0:
-        return c
+    if c.numel() == 0:  # where conv2d refuses a height or width of 0, and a group of no channels
+        return c * weight[:, 0, 0, 0].to(c.dtype) + bias.to(c.dtype)
     x = F.conv2d(
         c.permute(0, 3, 1, 2),
         weight.to(c.dtype),

@@ -2,8 +2,15 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
 
 from mambaout_kernels.backends import cpu
+
+# How many cases generated tests run, of 100: --hypothesis-profile=nightly. A case that fails is found again by the blob
+# that is printed.
+settings.register_profile("usual", max_examples=100, deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("usual")
 
 ISAS = [] if cpu.module is None else cpu.module.supported_cpu_capabilities()
 

@@ -1,15 +1,16 @@
 """The command line, run as a user runs it: what it prints, what it writes, and how it refuses."""
 
 import csv
+import itertools
 import json
 
 import pytest
 import torch
 
 import mambaout_kernels as mk
-from mambaout_kernels import backends
+from mambaout_kernels import backends, reference
 from mambaout_kernels.backends import cpu
-from mambaout_kernels.cli import main
+from mambaout_kernels.cli import check, main, special_values
 from mambaout_kernels.cli.check import OUTPUTS
 
 SMALL = ["--variant", "test_mambaout", "--stage", "4", "--batch", "1", "--dtype", "fp32", "--threads", "1"]
@@ -278,3 +279,30 @@ def test_interrupt_is_not_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr(info, "collect", interrupted)
     status, _, err = run(capsys, "info")
     assert (status, err) == (130, "interrupted\n")
+
+
+def test_check_full_reports_stages_and_special_values(capsys, monkeypatch):
+    cases = check.find_cases
+    monkeypatch.setattr(check, "find_cases", lambda variant, dtypes, full: cases(variant, dtypes, False))
+    command = ["check", "--full", "--variant", "test_mambaout", "--dtype", "fp32", "--backend", "reference"]
+    status, out, _ = run(capsys, *command)
+    assert status == 0
+    for words in ("mean error / eager's", "special values", *special_values.KINDS):
+        assert words in out
+    content = json.loads(run(capsys, *command, "--json")[1])
+    assert {(v["kind"], v["place"], v["act"]) for v in content["special_values"]} == set(
+        itertools.product(special_values.KINDS, special_values.PLACES, reference.ACTIVATIONS)
+    )
+
+
+def test_special_values_that_go_wrong_are_failures():
+    eager = torch.tensor([torch.inf, 1e30, -1.0])
+
+    def judged(*ours):
+        return special_values.judge(torch.tensor(ours), eager, eager.double(), False)
+
+    assert judged(torch.inf, 1e30, -1.0) == "as eager"
+    for wrong in ((3e38, 1e30, -1.0), (torch.inf, torch.inf, -1.0), (torch.inf, 1.01e30, -1.0), (torch.inf, 1e30, 1.0)):
+        assert judged(*wrong).startswith("FAILED")
+    zero, minus = torch.tensor([0.0]), torch.tensor([-0.0])
+    assert special_values.judge(zero, minus, minus.double(), True) == "the sign of a zero differs"

@@ -29,17 +29,24 @@ void norm_pixels(const From* from, std::int64_t from_step, std::int64_t dim, std
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) { sum = sum + load_all(d, lanes); });
   const auto means = mean_of(sum);
   const auto mean = each<kCount>([&](int i) { return broadcast(means.part[i]); });
-  auto squares = zeros;
+  // The mean is rounded; what it is off by, the mean of x - mean, is taken off again. Without it a pixel whose channels
+  // are all alike would be amplified by 1 / sqrt(eps) instead of vanishing.
+  auto squares = zeros, rest = zeros;
   float ones[L];
   for (int i = 0; i < L; ++i) ones[i] = 1.0f;
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {
     const auto centred = (load_all(d, lanes) - mean) * load_lanes<Vec>(ones, lanes);
     squares = fma(centred, centred, squares);
+    rest = rest + centred;
   });
-  const auto variances = mean_of(squares);
-  const auto scale = each<kCount>([&](int i) { return broadcast(1.0f / __builtin_sqrtf(variances.part[i] + eps)); });
+  const auto offsets = mean_of(rest), means_of_squares = mean_of(squares);
+  const auto off = each<kCount>([&](int i) { return broadcast(offsets.part[i]); });
+  const auto scale = each<kCount>([&](int i) {
+    const float variance = means_of_squares.part[i] - offsets.part[i] * offsets.part[i];
+    return broadcast(1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps));
+  });
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {
-    const auto normed = fma((load_all(d, lanes) - mean) * scale, load(weight + d), load(bias + d));
+    const auto normed = fma((load_all(d, lanes) - mean - off) * scale, load(weight + d), load(bias + d));
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) store_lanes(to + i * to_step + d, normed.part[i], lanes);
   });

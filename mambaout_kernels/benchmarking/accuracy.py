@@ -19,6 +19,8 @@ class Comparison:
     eager_error: float
     allowed: float
     difference: float  # between ours and eager's, as a share of the largest exact value
+    mean_error: float = math.nan
+    eager_mean_error: float = math.nan
 
     @property
     def passed(self) -> bool:
@@ -36,6 +38,10 @@ def _largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
 
 
+def _mean(t: Tensor) -> float:
+    return t.abs().mean().item() if t.numel() else 0.0
+
+
 def compare(name: str, actual: Tensor, eager: Tensor, exact: Tensor, slack: float = SLACK) -> Comparison:
     """`actual` against `exact` (fp64), beside `eager`, which has the dtype and the shape that `actual` must have.
 
@@ -45,12 +51,14 @@ def compare(name: str, actual: Tensor, eager: Tensor, exact: Tensor, slack: floa
         return Comparison(name, float("inf"), 0.0, 0.0, float("inf"))
     exact = exact.double()
     largest = _largest(exact)
-    error, eager_error = _largest(actual.double() - exact), _largest(eager.double() - exact)
+    ours, theirs = actual.double() - exact, eager.double() - exact
+    error, eager_error = _largest(ours), _largest(theirs)
     allowed = (100 if eager.dtype == torch.float64 else 0.5) * torch.finfo(eager.dtype).eps * largest
     if math.isfinite(eager_error):  # eager's overflow does not excuse ours
         allowed += slack * eager_error
     difference = _largest(actual.double() - eager.double())
-    return Comparison(name, error, eager_error, allowed, difference / largest if largest else difference)
+    share = difference / largest if largest else difference
+    return Comparison(name, error, eager_error, allowed, share, _mean(ours), _mean(theirs))
 
 
 def compare_all(

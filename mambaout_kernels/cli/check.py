@@ -1,6 +1,7 @@
 """check: every backend that can run here, forward and every gradient, against fp64 and beside eager's own error."""
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from ..benchmarking import accuracy, shapes
 from ..benchmarking.accuracy import Comparison
 from ..benchmarking.report import finite
 from ..benchmarking.workloads import DTYPES
+from . import special_values
 from .terminal import UsageError, comma_list, one_of, progress, show_table
 
 OUTPUTS = ("y", "du", "dweight", "dbias")
@@ -65,7 +67,8 @@ class Finding:
 
 def add_to(commands: Any) -> None:
     command = commands.add_parser("check", help="every usable backend against fp64; exit status 1 on a failure")
-    command.add_argument("--full", action="store_true", help="more shapes, kernel sizes, strides and mixed dtypes")
+    command.add_argument("--full", action="store_true", help="more shapes, kernel sizes, strides, mixed dtypes and "
+                         "special values; errors by stage")  # fmt: skip
     command.add_argument("--backend", type=comma_list(one_of(backends.NAMES)), metavar="NAMES",
                          help="only these, e.g. cpu,triton; default: all that can run here")  # fmt: skip
     command.add_argument("--dtype", type=comma_list(one_of(list(DTYPES))), default=list(DTYPES), metavar="NAMES",
@@ -84,13 +87,22 @@ def run(args: argparse.Namespace) -> int:
         for case in cases:
             step(f"{case.label} {case.act} {case.dtype}")
             findings += check(subjects, case)
+    special = check_special_values(subjects, args.dtype) if args.full else {}
     failed = [finding for finding in findings if not finding.passed]
+    failed_special = sum(one.failed for found in special.values() for one in found)
     if args.json:
         listed = [{**asdict(finding), "passed": finding.passed} for finding in findings]
-        print(json.dumps(finite({"passed": not failed, "findings": listed}), indent=1, allow_nan=False))
+        values = [{"subject": s, "dtype": d, **asdict(one)} for (s, d), found in special.items() for one in found]
+        content = {"passed": not failed and not failed_special, "findings": listed, "special_values": values}
+        print(json.dumps(finite(content), indent=1, allow_nan=False))
     else:
+        if args.full:
+            _show_by_stage(findings, args.variant)
+            special_values.show(special)
         _show(findings, failed, len(cases))
-    return 1 if failed else 0
+        if failed_special:
+            print(f"FAILED: {failed_special} special values")
+    return 1 if failed or failed_special else 0
 
 
 def find_subjects(wanted: Sequence[str] | None) -> list[Subject]:
@@ -173,21 +185,46 @@ def check(subjects: Sequence[Subject], case: Case) -> list[Finding]:
             exact = _eager(given, case.act, torch.float64)
             by_device[device] = given, exact if case.dtype == "fp64" else _eager(given, case.act), exact
         given, eager, exact = by_device[device]
-        u, weight, bias, dy = given
-        backend = backends.load(subject.backend)
-        if not backend.supports(u, weight):
+        if not backends.load(subject.backend).supports(*given[:2]):
             continue
         try:
-            with _isa(subject.isa):
-                y = backend.gated_dwconv(u, weight, bias, case.act)
-                gradients = backend.gated_dwconv_backward(dy, u, weight, bias, case.act)
+            actual = _outputs(subject, given, case.act)
         except Exception as error:
             nothing = Comparison("all", float("nan"), 0.0, 0.0, float("nan"))
             findings.append(Finding(subject.label, case, nothing, f"{type(error).__name__}: {error}"))
             continue
-        actual = dict(zip(OUTPUTS, (y, *gradients), strict=True))
         findings += [Finding(subject.label, case, c) for c in accuracy.compare_all(actual, eager, exact)]
     return findings
+
+
+def _outputs(subject: Subject, given: tuple[Tensor, ...], act: str) -> dict[str, Tensor]:
+    u, weight, bias, dy = given
+    backend = backends.load(subject.backend)
+    with _isa(subject.isa):
+        y = backend.gated_dwconv(u, weight, bias, act)
+        gradients = backend.gated_dwconv_backward(dy, u, weight, bias, act)
+    return dict(zip(OUTPUTS, (y, *gradients), strict=True))
+
+
+def check_special_values(subjects: Sequence[Subject], dtypes: Sequence[str]) -> special_values.BySubject:
+    """By subject and dtype, what becomes of NaN, Inf, subnormals, zeros and large values under every act."""
+    found: special_values.BySubject = {}
+    for subject, name, act in itertools.product(subjects, dtypes, reference.ACTIVATIONS):
+        dtype, device = DTYPES[name], "cuda" if subject.backend in ("triton", "cuda") else "cpu"
+        like = torch.empty(0, dtype=dtype, device=device)
+        if not backends.load(subject.backend).supports(like, like):
+            continue
+        found.setdefault((subject.label, name), []).extend(
+            special_values.examine(
+                act,
+                dtype,
+                device,
+                run=functools.partial(_outputs, subject, act=act),
+                eager=functools.partial(_eager, act=act),
+                exact=functools.partial(_eager, act=act, dtype=torch.float64),
+            )
+        )
+    return found
 
 
 @contextmanager
@@ -203,6 +240,25 @@ def _isa(name: str | None) -> Iterator[None]:
         yield
     finally:
         _C.set_cpu_capability(before)
+
+
+def _show_by_stage(findings: Sequence[Finding], variant: str) -> None:
+    """Largest and mean errors of every backend, dtype, stage of the variant and output, over the activations."""
+    stages = [shape.label for shape in shapes.stages(variant)]
+    groups: dict[tuple[str, str, str], dict[str, list[Comparison]]] = {}
+    for finding in findings:
+        if finding.case.label in stages and finding.failure is None:
+            group = groups.setdefault((finding.subject, finding.case.dtype, finding.case.label), {})
+            group.setdefault(finding.comparison.name, []).append(finding.comparison)
+
+    def errors(found: list[Comparison]) -> str:
+        ours, theirs = max(c.error for c in found), max(c.eager_error for c in found)
+        means = (sum(c.mean_error for c in found) / len(found), sum(c.eager_mean_error for c in found) / len(found))
+        return f"{ours:.1e} / {theirs:.1e}; {means[0]:.1e} / {means[1]:.1e}"
+
+    lines = [[*key, *(errors(group[name]) for name in OUTPUTS)] for key, group in groups.items()]
+    title = f"{variant}: largest error against fp64 / eager's; mean error / eager's"
+    show_table(title, ["backend", "dtype", "stage", *OUTPUTS], lines)
 
 
 def _show(findings: Sequence[Finding], failed: Sequence[Finding], cases: int) -> None:

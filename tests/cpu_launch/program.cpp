@@ -1,0 +1,250 @@
+// Calls the launch interface of csrc/cpu, without torch or Python: calls from standard input, one after the other, each
+// with its tensors; what it wrote to standard output. launch.py speaks to it.
+//
+// Every tensor has exactly the memory it needs. Under a sanitizer that is the heap; otherwise pages of its own between
+// two that no access survives, at the end of its pages or at their begin: masked vector loads and stores, which
+// AddressSanitizer does not see, fault there too.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/downsample_cpu.h"
+#include "../../csrc/cpu/gated_cnn_block_cpu.h"
+#include "../../csrc/cpu/gated_dwconv_cpu.h"
+
+namespace {
+
+using namespace mambaout_kernels;
+
+// As launch.py packs it.
+struct Call {
+  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: downsampling
+  std::int64_t isa, threads, at_begin;
+  std::int64_t N, H, W, D, C, K, act, dtype, weight_dtype, bias_dtype;
+  std::int64_t dim, multiplied;  // of the block; of the downsampling dim to D channels, normed if C is 1
+  double eps;
+  std::int64_t strides[2][3];  // of u, or x; and of dy, or x's from channel to channel
+};
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "cpu_launch: %s\n", what);
+  std::exit(2);
+}
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kHeap = true;
+#else
+constexpr bool kHeap = false;
+#endif
+
+constexpr int kCanary = 0xa5, kUnwritten = 0xff;  // the latter is NaN in every element type
+
+class Memory {
+ public:
+  Memory(std::int64_t bytes, bool at_begin, std::int64_t alignment = 1) : bytes_(bytes) {
+    if (kHeap) {
+      if (posix_memalign(&base_, alignment < 16 ? 16 : alignment, bytes) != 0) fail("out of memory");
+      data_ = static_cast<char*>(base_);
+    } else {
+      const std::int64_t page = sysconf(_SC_PAGESIZE);
+      inner_ = (bytes + page - 1) / page * page;
+      base_ = mmap(nullptr, inner_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (base_ == MAP_FAILED) fail("out of memory");
+      pages_ = static_cast<char*>(base_) + page;
+      if (inner_ > 0 && mprotect(pages_, inner_, PROT_READ | PROT_WRITE) != 0) fail("mprotect");
+      std::memset(pages_, kCanary, inner_);
+      data_ = at_begin ? pages_ : pages_ + inner_ - bytes;
+    }
+    if (bytes > 0) std::memset(data_, kUnwritten, bytes);
+  }
+  ~Memory() {
+    if (kHeap) {
+      std::free(base_);
+    } else {
+      munmap(base_, inner_ + 2 * sysconf(_SC_PAGESIZE));
+    }
+  }
+  Memory(const Memory&) = delete;
+
+  char* data() const { return data_; }
+  const float* floats() const { return bytes_ == 0 ? nullptr : reinterpret_cast<const float*>(data_); }
+  void write() const {
+    if (static_cast<std::int64_t>(std::fwrite(data_, 1, bytes_, stdout)) != bytes_) fail("cannot write");
+  }
+  void check() const {
+    for (const char* p = pages_; p < pages_ + inner_; ++p) {
+      if ((p < data_ || p >= data_ + bytes_) && *p != static_cast<char>(kCanary)) fail("wrote beside a tensor");
+    }
+  }
+
+ private:
+  std::int64_t bytes_, inner_ = 0;
+  void* base_ = nullptr;
+  char *pages_ = nullptr, *data_ = nullptr;
+};
+
+// A tensor of the call: its size in bytes, then its bytes. What was read must be the same when the call is over.
+class Input {
+ public:
+  explicit Input(bool at_begin) : bytes_(size()), memory_(bytes_, at_begin), copy_(bytes_) {
+    if (std::fread(memory_.data(), 1, bytes_, stdin) != bytes_) fail("input is too short");
+    if (bytes_ > 0) std::memcpy(copy_.data(), memory_.data(), bytes_);
+  }
+  const Memory& operator*() const { return memory_; }
+  char* data() const { return memory_.data(); }
+  const float* floats() const { return memory_.floats(); }
+  void check() const {
+    memory_.check();
+    if (bytes_ > 0 && std::memcmp(copy_.data(), memory_.data(), bytes_) != 0) fail("wrote to an input");
+  }
+
+ private:
+  static std::size_t size() {
+    std::int64_t bytes;
+    if (std::fread(&bytes, sizeof(bytes), 1, stdin) != 1 || bytes < 0) fail("no size of a tensor");
+    return static_cast<std::size_t>(bytes);
+  }
+
+  std::size_t bytes_;
+  Memory memory_;
+  std::vector<char> copy_;
+};
+
+// Threads of their own for every call: what they share, they share through the kernels.
+void on_threads(std::int64_t count, cpu::RangeBody body, void* context) {
+  std::vector<std::thread> threads;
+  for (std::int64_t i = 1; i < count; ++i) threads.emplace_back([=] { body(context, i, i + 1); });
+  body(context, 0, 1);
+  for (auto& thread : threads) thread.join();
+}
+
+std::int64_t bytes_of(std::int64_t dtype) { return dtype == 3 ? 8 : dtype == 0 ? 4 : 2; }
+
+NhwcView view(const Input& input, const std::int64_t (&strides)[3]) {
+  return {input.data(), strides[0], strides[1], strides[2]};
+}
+
+void finish(std::initializer_list<const Input*> inputs, std::initializer_list<const Memory*> outputs) {
+  for (const Input* input : inputs) input->check();
+  for (const Memory* output : outputs) output->check();
+}
+
+void run_op(const Call& call) {
+  const bool at_begin = call.at_begin != 0, backward = call.kind == 1;
+  const GatedDwconvShape shape{call.N,
+                               call.H,
+                               call.W,
+                               call.D,
+                               call.C,
+                               static_cast<int>(call.K),
+                               static_cast<Act>(call.act),
+                               static_cast<DType>(call.dtype),
+                               static_cast<DType>(call.weight_dtype),
+                               static_cast<DType>(call.bias_dtype)};
+  const int threads = static_cast<int>(call.threads);
+  const std::int64_t pixels = call.N * call.H * call.W, element = bytes_of(call.dtype);
+  const Input u(at_begin), weight(at_begin), bias(at_begin);
+  if (!backward) {
+    const Memory y(pixels * call.D * element, at_begin);
+    const Memory workspace(cpu::forward_workspace_bytes(shape, threads), at_begin);
+    cpu::forward({shape, view(u, call.strides[0]), weight.data(), bias.data(), y.data()}, threads, workspace.data(),
+                 on_threads);
+    finish({&u, &weight, &bias}, {&y, &workspace});
+    y.write();
+    return;
+  }
+  const Input dy(at_begin);
+  const Memory du(pixels * 2 * call.D * element, at_begin);
+  const Memory dweight(call.C * call.K * call.K * bytes_of(call.weight_dtype), at_begin);
+  const Memory dbias(call.C * bytes_of(call.bias_dtype), at_begin);
+  const Memory workspace(cpu::backward_workspace_bytes(shape, threads), at_begin);
+  cpu::backward({shape, view(dy, call.strides[1]), view(u, call.strides[0]), weight.data(), bias.data(), du.data(),
+                 dweight.data(), dbias.data()},
+                threads, workspace.data(), on_threads);
+  finish({&u, &weight, &bias, &dy}, {&du, &dweight, &dbias, &workspace});
+  for (const Memory* output : {&du, &dweight, &dbias}) output->write();
+}
+
+void run_block(const Call& call) {
+  const bool at_begin = call.at_begin != 0;
+  const int threads = static_cast<int>(call.threads);
+  GatedCnnBlockCall block{};
+  block.shape = {call.dim,
+                 call.D,
+                 call.C,
+                 static_cast<int>(call.K),
+                 static_cast<Act>(call.act),
+                 static_cast<float>(call.eps),
+                 static_cast<DType>(call.multiplied)};
+  if (!cpu::block_supports(block.shape.multiplied)) fail("the block does not multiply this dtype here");
+  const Input x(at_begin), norm_weight(at_begin), norm_bias(at_begin), fc1_weight(at_begin), fc1_bias(at_begin),
+      conv_weight(at_begin), conv_bias(at_begin), fc2_weight(at_begin), fc2_bias(at_begin), scale(at_begin);
+  const Memory packed(cpu::block_pack_bytes(block.shape), at_begin, 64);
+  cpu::pack_block(block.shape,
+                  {norm_weight.floats(), norm_bias.floats(), fc1_weight.floats(), fc1_bias.floats(),
+                   conv_weight.floats(), conv_bias.floats(), fc2_weight.floats(), fc2_bias.floats(), scale.floats()},
+                  packed.data());
+  block.N = call.N;
+  block.H = call.H;
+  block.W = call.W;
+  block.dtype = static_cast<DType>(call.dtype);
+  block.x = view(x, call.strides[0]);
+  block.packed = packed.data();
+  const Memory out(call.N * call.H * call.W * call.dim * bytes_of(call.dtype), at_begin);
+  block.out = out.data();
+  const Memory workspace(cpu::block_workspace_bytes(block, threads), at_begin);
+  cpu::block_forward(block, threads, workspace.data(), on_threads);
+  finish(
+      {&x, &norm_weight, &norm_bias, &fc1_weight, &fc1_bias, &conv_weight, &conv_bias, &fc2_weight, &fc2_bias, &scale},
+      {&packed, &out, &workspace});
+  out.write();
+}
+
+void run_downsample(const Call& call) {
+  const bool at_begin = call.at_begin != 0;
+  const int threads = static_cast<int>(call.threads);
+  DownsampleCall downsample{};
+  downsample.shape = {call.dim,
+                      call.D,
+                      call.C != 0,
+                      static_cast<Act>(call.act),
+                      static_cast<float>(call.eps),
+                      static_cast<DType>(call.multiplied)};
+  if (!cpu::downsample_supports(downsample.shape.multiplied)) fail("no downsampling multiplies this dtype here");
+  const Input x(at_begin), weight(at_begin), bias(at_begin), norm_weight(at_begin), norm_bias(at_begin);
+  const Memory packed(cpu::downsample_pack_bytes(downsample.shape), at_begin, 64);
+  cpu::pack_downsample(downsample.shape, {weight.floats(), bias.floats(), norm_weight.floats(), norm_bias.floats()},
+                       packed.data());
+  downsample.N = call.N;
+  downsample.H = call.H;
+  downsample.W = call.W;
+  downsample.in_dtype = static_cast<DType>(call.dtype);
+  downsample.out_dtype = static_cast<DType>(call.weight_dtype);
+  downsample.x = view(x, call.strides[0]);
+  downsample.x_stride_c = call.strides[1][0];
+  downsample.packed = packed.data();
+  const Memory out(call.N * downsample.out_height() * downsample.out_width() * call.D * bytes_of(call.weight_dtype),
+                   at_begin);
+  downsample.out = out.data();
+  const Memory workspace(cpu::downsample_workspace_bytes(downsample, threads), at_begin);
+  cpu::downsample_forward(downsample, threads, workspace.data(), on_threads);
+  finish({&x, &weight, &bias, &norm_weight, &norm_bias}, {&packed, &out, &workspace});
+  out.write();
+}
+
+}  // namespace
+
+int main() {
+  Call call;
+  while (std::fread(&call, sizeof(call), 1, stdin) == 1) {
+    if (!cpu::set_isa(static_cast<cpu::Isa>(call.isa))) fail("this processor lacks the instruction set");
+    call.kind == 3 ? run_downsample(call) : call.kind == 2 ? run_block(call) : run_op(call);
+    std::fwrite("finished", 1, 8, stdout);
+    std::fflush(stdout);
+  }
+}

@@ -1,0 +1,230 @@
+"""Several threads, forked processes, changed parameters, an interrupt, and memory that runs out."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import mambaout_kernels as mk
+from mambaout_kernels import backends
+
+THREADS = 8
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return mk.create_model("test_mambaout", num_classes=7).eval()
+
+
+def images(n=2, seed=1):
+    return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eight_threads_call_one_model(model, dtype):
+    """At once from the first call on, so that they race to pack the parameters too."""
+    model.to(dtype)
+    given = [images(1 + i % 3, seed=i).to(dtype) for i in range(THREADS)]
+    at_once = threading.Barrier(THREADS)
+
+    def work(i):
+        at_once.wait()
+        with torch.no_grad():
+            return [model(given[i]) for _ in range(4)]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(work, range(THREADS)))
+    with torch.no_grad():
+        for x, outputs in zip(given, found, strict=True):
+            alone = model(x)
+            assert all(torch.equal(y, alone) for y in outputs)
+
+
+def test_eight_threads_train_copies(model):
+    """Forward and backward on autograd's threads: the gradients of each are those of the same step alone."""
+    x = images(2)
+
+    def step(_):
+        copy = mk.create_model("test_mambaout", num_classes=7)
+        copy.load_state_dict(model.state_dict())
+        copy(x).square().sum().backward()
+        return [p.grad for p in copy.parameters()]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(step, range(THREADS)))
+    alone = step(0)
+    for gradients in found:
+        for now, then in zip(gradients, alone, strict=True):
+            torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-6)
+
+
+def in_place(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.25)
+
+
+def through_data(model):
+    for p in model.parameters():
+        p.data.mul_(1.25)
+
+
+def through_numpy(model):
+    for p in model.parameters():
+        p.detach().numpy()[...] *= 1.25
+
+
+def replaced(model):
+    for p in model.parameters():
+        p.data = p.data * 1.25
+
+
+def loaded(model):
+    model.load_state_dict({name: 1.25 * value for name, value in model.state_dict().items()})
+
+
+def stepped(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    with torch.enable_grad():
+        model(images()).square().sum().backward()
+    optimizer.step()
+
+
+CHANGES = [in_place, through_data, through_numpy, replaced, loaded, stepped]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changed_parameters_take_effect(model, change):
+    """The packed copy of the parameters is never older than they are."""
+    x = images()
+    with torch.no_grad():
+        before = model(x)
+    change(model)
+    with torch.no_grad():
+        after = model(x)
+        with backends.force("reference"):
+            expected = model(x)
+    assert not torch.allclose(after, before, rtol=1e-2)
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
+
+
+class Features(Dataset):
+    """Runs the model in the workers, on what the parent computed with before."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return self.model(images(1, seed=i))[0]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loader_workers(model, method):
+    features = Features(model)
+    expected = torch.stack([features[i] for i in range(len(features))])  # the parent has used its threads
+    loader = DataLoader(features, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=60)
+    torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_gradients_in_a_forked_child():
+    """PyTorch forbids autograd after a fork only where its own threads ran; the op itself has to work."""
+    code = """
+import os, torch, mambaout_kernels as mk
+u, w, b = torch.randn(1, 9, 9, 32), torch.randn(8, 1, 7, 7), torch.randn(8)
+here = mk.gated_dwconv(u, w, b)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    dy = torch.ones_like(here)
+    same = torch.equal(mk.gated_dwconv(u, w, b), here)
+    du, dw, db = torch.ops.mambaout_kernels.gated_dwconv_backward(dy, u, w, b, "gelu")
+    os._exit(0 if same and du.isfinite().all() else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(mk.gated_dwconv(u, w, b), here)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+INTERRUPTED = """
+import time, torch, mambaout_kernels as mk
+model = mk.create_model("test_mambaout").eval()
+x = torch.randn(64, 3, 224, 224)
+with torch.no_grad():
+    first = model(x[:1])
+    print("ready", flush=True)
+    try:
+        while True:
+            model(x)
+    except KeyboardInterrupt:
+        print("interrupted", time.time(), flush=True)
+    assert torch.equal(model(x[:1]), first)
+print("well", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGINT") or sys.platform == "win32", reason="no signals")
+def test_an_interrupt_returns_promptly_and_leaves_nothing_broken():
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)  # somewhere inside a forward
+        sent = time.time()
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    interrupted, well = said.splitlines()
+    assert interrupted.startswith("interrupted")
+    # Python hears of a signal when an op returns: none of them is longer than some tenths of a second here, the whole
+    # call is. On a machine that is busy with other things this is a bound on being hung, not a measurement.
+    assert float(interrupted.split()[1]) - sent < 30
+    assert well == "well"
+    assert process.returncode == 0
+
+
+OUT_OF_MEMORY = """
+import resource, torch, mambaout_kernels as mk
+torch.set_num_threads(1)
+block = mk.FusedGatedCNNBlock(32).eval()
+x = torch.randn(1, 8, 8, 32)
+with torch.no_grad():
+    first = block(x)
+u, w, b = torch.zeros(1, 1, 1, 64).expand(512, 1024, 64, 64), torch.randn(16, 1, 7, 7), torch.randn(16)
+free = 256 << 20
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + free, used + free))
+def refused(call):
+    try:
+        call()
+    except (RuntimeError, MemoryError) as error:
+        assert "memory" in str(error).lower() or "allocate" in str(error).lower(), error
+        return True
+assert refused(lambda: mk.gated_dwconv(u, w, b))
+assert refused(lambda: torch.ops.mambaout_kernels.gated_dwconv_backward(u[..., :32], u, w, b, "gelu"))
+with torch.no_grad():
+    assert refused(lambda: block(torch.zeros(1, 1, 1, 32).expand(512, 1024, 64, 32)))
+    assert torch.equal(block(x), first)
+print("well")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_out_of_memory_is_an_error_and_the_next_call_works():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "well\n", done.stderr

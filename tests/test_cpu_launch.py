@@ -1,0 +1,242 @@
+"""The CPU kernels through their launch interface, without torch (tests/cpu_launch): between guard pages with the flags
+of the module, and under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+
+`make test` runs the guard pages and a few shapes under AddressSanitizer; `make sanitize` all of it.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from cpu_launch import launch
+from cpu_launch.launch import Fault, Where
+from generated import LAYOUTS, BlockCase, block_and_outputs, block_cases, number_of_cases, op_cases
+from hypothesis import given
+from numerics import Inputs, assert_no_worse_in_any_case, check_outputs, eager, exact, make_inputs
+from torch import nn
+
+from mambaout_kernels import backends
+from mambaout_kernels.backends import cpu
+from mambaout_kernels.reference import ACTIVATIONS
+
+if launch.missing() or cpu.unavailable():
+    pytest.skip(str(launch.missing() or cpu.unavailable()), allow_module_level=True)
+
+from mambaout_kernels import _C
+
+ISAS = _C.supported_cpu_capabilities()
+DTYPES = list(launch.DTYPES)
+KINDS = ["plain", "memory", pytest.param("races", marks=pytest.mark.sanitize)]
+
+# N, H, W, D, C, K: each reaches a branch of its own
+SHAPES = {
+    "filter wider than the image": (2, 5, 3, 19, 19, 7),
+    "no conv channels": (1, 4, 4, 10, 0, 7),
+    "no identity channels": (1, 8, 9, 32, 32, 7),
+    "base's odd hidden": (1, 9, 15, 341, 128, 7),
+    "one pixel": (1, 1, 1, 8, 3, 7),
+    "two columns of tiles": (1, 16, 70, 20, 5, 5),
+    "three strips, small filter": (2, 30, 15, 33, 16, 3),
+    "largest filter": (1, 3, 40, 12, 7, 31),
+    "pointwise filter": (1, 5, 6, 9, 4, 1),
+    "one column": (1, 33, 1, 16, 16, 7),
+    "no pixel": (2, 0, 4, 8, 4, 7),
+}
+FEW = (
+    "stem",
+    "between stages",
+    "filter wider than the image",
+    "no conv channels",
+    "base's odd hidden",
+    "two columns of tiles",
+)
+
+
+def cases(shapes) -> list:
+    """(kind, shape): every shape between guard pages, a few under AddressSanitizer; the rest for make sanitize."""
+
+    def marks(kind, name):
+        return () if kind == "plain" or (kind == "memory" and name in FEW) else pytest.mark.sanitize
+
+    return [pytest.param(k, n, id=f"{k}-{n}", marks=marks(k, n)) for k in launch.FLAGS for n in shapes]
+
+
+RUNNING: dict[str, launch.Program] = {}
+
+
+def program(kind: str) -> launch.Program:
+    if kind not in RUNNING:
+        RUNNING[kind] = launch.Program(kind)
+    return RUNNING[kind]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_end_well():
+    """A leak, too, is reported at the end."""
+    yield
+    for running in RUNNING.values():
+        running.close()
+
+
+@functools.cache
+def case(shape, dtype, act, layout):
+    inputs = make_inputs(*shape, dtype)
+    inputs = Inputs(LAYOUTS[layout](inputs.u), inputs.weight, inputs.bias, LAYOUTS[layout](inputs.dy))
+    return inputs, (eager(inputs, act), exact(inputs, act))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("kind", "shape"), cases(SHAPES))
+def test_op(kind, shape, isa):
+    for i, (dtype, layout) in enumerate((d, y) for d in DTYPES for y in LAYOUTS):
+        act = ACTIVATIONS[i % len(ACTIVATIONS)]
+        inputs, expected = case(SHAPES[shape], dtype, act, layout)
+        found = program(kind).op(inputs, act, Where(isa, threads=1 + i % 4, at_begin=i % 2 == 1))
+        check_outputs(isa, found, inputs, act, expected)
+
+
+# N, H, W, dim, conv_ratio, expansion_ratio, K
+BLOCKS = {
+    "filter wider than the image": (2, 5, 3, 19, 1.0, 8 / 3, 7),
+    "no conv channels": (1, 4, 4, 10, 0.0, 8 / 3, 7),
+    "no identity channels": (1, 8, 9, 12, 2.0, 2.0, 7),
+    "base's odd hidden": (1, 9, 15, 128, 1.0, 8 / 3, 7),
+    "two columns of tiles": (1, 5, 170, 16, 1.0, 2.0, 5),
+    "one pixel": (1, 1, 1, 8, 1.0, 8 / 3, 7),
+    "largest filter": (1, 3, 40, 12, 1.0, 8 / 3, 31),
+    "pointwise filter": (3, 5, 6, 9, 1.0, 8 / 3, 1),
+    "no pixel": (2, 0, 4, 8, 1.0, 8 / 3, 7),
+}
+
+
+def parameters_of(block):
+    named = dict(block.named_parameters())
+    given = {name: named.get(".".join(name.rsplit("_", 1))) for name in launch.PARAMETERS}
+    given["scale"] = named.get("ls.gamma")
+    if given["conv_weight"] is None:
+        given["conv_weight"], given["conv_bias"] = torch.empty(0, 1, 1, 1), torch.empty(0)
+    return {name: None if p is None else p.detach().float() for name, p in given.items()}
+
+
+@functools.cache
+def block_case(shape, dtype, layout):
+    N, H, W, dim, conv_ratio, expansion_ratio, K = shape
+    arguments = {
+        "conv_ratio": conv_ratio,
+        "expansion_ratio": expansion_ratio,
+        "kernel_size": K,
+        "ls_init_value": 0.5,
+    }
+    case = BlockCase((N, H, W, dim), tuple(arguments.items()), "gelu", dtype, layout, 4, "", 1, False)
+    return case.x, *block_and_outputs(case)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("kind", "shape"), cases(BLOCKS))
+def test_block(kind, shape, isa):
+    for i, layout in enumerate(LAYOUTS):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, block, theirs, truth = block_case(BLOCKS[shape], dtype, layout)
+            low_precision = dtype == torch.bfloat16 and isa == "avx512_bf16"
+            where = Where(isa, threads=1 + i, at_begin=i % 2 == 1)
+            ours = program(kind).block(x, parameters_of(block), "gelu", block.norm.eps, low_precision, where)
+            assert_no_worse_in_any_case(ours, theirs, truth)
+
+
+# N, H, W, in_channels, out_channels, normed
+DOWNSAMPLINGS = {
+    "stem": (2, 13, 18, 3, 24, False),
+    "between stages": (1, 7, 10, 20, 37, True),
+    "one pixel": (1, 1, 1, 8, 5, True),
+    "wide": (1, 3, 171, 5, 16, True),
+    "no pixel": (0, 4, 4, 8, 16, True),
+}
+CHANNELS = {
+    "NHWC": lambda x: x,
+    "NCHW": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "with gaps": LAYOUTS["channels of a wider tensor"],
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("kind", "shape"), cases(DOWNSAMPLINGS))
+def test_downsampling(kind, shape, isa):
+    N, H, W, channels, out_channels, normed = DOWNSAMPLINGS[shape]
+    torch.manual_seed(6)
+    conv = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
+    norm = nn.LayerNorm(out_channels, eps=1e-6) if normed else None
+
+    def by_modules(x, dtype):
+        with torch.no_grad():
+            y = copy.deepcopy(conv).to(dtype)(x.to(dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return copy.deepcopy(norm).to(dtype)(y) if normed else y
+
+    for i, (dtype, layout) in enumerate((d, y) for d in (torch.float32, torch.bfloat16) for y in CHANNELS):
+        if dtype == torch.bfloat16:
+            conv, norm = (m and m.to(dtype).float() for m in (conv, norm))  # parameters that the dtype has
+        x = CHANNELS[layout](torch.randn(N, H, W, channels).to(dtype))
+        low_precision = dtype == torch.bfloat16 and isa == "avx512_bf16"
+        ours = program(kind).downsample(x, conv, norm, low_precision, Where(isa, 1 + i % 3, i % 2 == 1))
+        assert_no_worse_in_any_case(ours, by_modules(x, dtype), by_modules(x, torch.float64))
+
+
+CASES = {"plain": 40, "memory": 12, "races": 12}
+
+
+@pytest.mark.generated
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_calls_of_the_op(kind):
+    """Arbitrary sizes, layouts, dtypes, threads and instruction sets, straight to the launch interface."""
+
+    @given(op_cases(ISAS, launched=True))
+    def launched(case):
+        inputs = case.inputs
+        found = program(kind).op(inputs, case.act, Where(case.isa, case.threads, case.at_begin))
+        check_outputs(case.isa, found, inputs, case.act, policy=assert_no_worse_in_any_case)
+
+    number_of_cases(CASES[kind])(launched)()
+
+
+@pytest.mark.generated
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_calls_of_the_block(kind):
+    @given(block_cases(ISAS, launched=True))
+    def launched(case):
+        low_precision = case.dtype == torch.bfloat16 and case.isa == "avx512_bf16"
+        block, theirs, truth = block_and_outputs(case)
+        where = Where(case.isa, case.threads, case.at_begin)
+        ours = program(kind).block(case.x, parameters_of(block), case.act, block.norm.eps, low_precision, where)
+        assert_no_worse_in_any_case(ours, theirs, truth)
+
+    number_of_cases(CASES[kind] // 2)(launched)()
+
+
+@pytest.mark.parametrize("at_begin", [False, True])
+def test_what_lies_beside_a_buffer_is_guarded(at_begin):
+    """Told that the images are further apart than they are, the kernel reads beyond u: the program must not survive."""
+    inputs = make_inputs(2, 5, 6, 20, 12, 7)
+    running = launch.Program("plain")
+    good = running.op(inputs, "gelu", Where(at_begin=at_begin))
+    far = inputs.u.stride(0) * (-2000 if at_begin else 2000)
+    with pytest.raises(Fault):
+        running.op(inputs, "gelu", Where(at_begin=at_begin), stride_n=far)
+    # and a new one takes over
+    for ours, before in zip(running.op(inputs, "gelu", Where(at_begin=at_begin)), good, strict=True):
+        assert torch.equal(ours, before)
+    running.close()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_block_of_pixels_whose_channels_are_alike(isa):
+    """Their norm is the rounding of their mean over sqrt(eps): eager's is 0, and so must ours be."""
+    case = BlockCase((1, 3, 4, 96), (("ls_init_value", 0.5),), "gelu", torch.float32, "dense", 5, "", 1, False)
+    block, _, _ = block_and_outputs(case)
+    x = 2.5 * torch.arange(1, 13).view(1, 3, 4, 1).expand(case.shape) / 7
+
+    def by_modules(dtype):
+        with backends.force("reference"), torch.no_grad():
+            return copy.deepcopy(block).to(dtype)(x.to(dtype))
+
+    ours = program("plain").block(x.contiguous(), parameters_of(block), "gelu", block.norm.eps, False, Where(isa))
+    assert_no_worse_in_any_case(ours, by_modules(torch.float32), by_modules(torch.float64))

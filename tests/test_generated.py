@@ -1,0 +1,115 @@
+"""Cases from hypothesis, 200 and more in `make test`, ten times as many in `make nightly`.
+
+Here the op on every backend that runs here, its gradients through autograd, and the whole block. The launch interface's
+are in test_cpu_launch.py, Triton's under the interpreter in triton_interpreter/test_triton_generated.py.
+"""
+
+import pytest
+import torch
+from cuda_host import host
+from generated import LOW, block_and_outputs, block_cases, number_of_cases, op_cases
+from hypothesis import assume, given
+from numerics import assert_no_worse_in_any_case, check_backend, check_outputs, eager
+
+import mambaout_kernels as mk
+from mambaout_kernels import backends, whole_block
+from mambaout_kernels.backends import cpu
+
+pytestmark = pytest.mark.generated
+needs_module = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+ISAS = [] if cpu.unavailable() else cpu.module.supported_cpu_capabilities()
+
+
+class on_cpu:
+    """On this instruction set and number of threads."""
+
+    def __init__(self, case):
+        self.wanted = case.isa, case.threads
+
+    def __enter__(self):
+        self.before = cpu.module.cpu_capability(), torch.get_num_threads()
+        cpu.module.set_cpu_capability(self.wanted[0])
+        torch.set_num_threads(self.wanted[1])
+
+    def __exit__(self, *error):
+        cpu.module.set_cpu_capability(self.before[0])
+        torch.set_num_threads(self.before[1])
+
+
+@needs_module
+@number_of_cases(80)
+@given(op_cases(ISAS))
+def test_cpu(case):
+    inputs = case.inputs
+    with on_cpu(case):
+        check_backend("cpu", inputs, case.act, policy=assert_no_worse_in_any_case)
+
+
+@number_of_cases(40)
+@given(op_cases())
+def test_reference_backward_is_autograds(case):
+    """The closed form, which defines the gradient for every backend, in fp64."""
+    inputs = exact_inputs(case)
+    closed = backends.load("reference").gated_dwconv_backward(inputs.dy, *inputs, case.act)
+    for ours, truth in zip(closed, eager(inputs, case.act)[1:], strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10 * (1 + truth.abs().sum().item() ** 0.5))
+
+
+def exact_inputs(case):
+    inputs = case.inputs
+    return type(inputs)(*(t.double() for t in (*inputs, inputs.dy)))
+
+
+@needs_module
+@number_of_cases(40)
+@given(op_cases(ISAS))
+def test_public_op_and_autograd(case):
+    """What a user calls: y and every gradient, whose dtype and shape are their tensors', and no input written."""
+    inputs = case.inputs
+    before = [t.clone() for t in (*inputs, inputs.dy)]
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with on_cpu(case):
+        y = mk.gated_dwconv(*leaves, case.act)
+        gradients = torch.autograd.grad(y, leaves, inputs.dy)
+    gradients = [g.contiguous() for g in gradients]
+    check_outputs("op", (y.detach(), *gradients), inputs, case.act, policy=assert_no_worse_in_any_case)
+    for now, then in zip((*inputs, inputs.dy), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@needs_module
+@number_of_cases(40)
+@given(block_cases(ISAS))
+def test_whole_block(case):
+    block, theirs, truth = block_and_outputs(case)
+    x = case.x
+    with on_cpu(case), torch.no_grad():
+        assert whole_block.applies(block, x)
+        ours = block(x)
+        again = block(x.contiguous())
+    assert ours.is_contiguous()
+    assert torch.equal(ours, again)
+    assert_no_worse_in_any_case(ours, theirs, truth)
+
+
+@needs_module
+@number_of_cases(20)
+@given(block_cases(ISAS))
+def test_trained_block(case):
+    """Module by module, with the fused op in the middle: the output, and that of the whole block, agree with fp64."""
+    block, theirs, truth = block_and_outputs(case)
+    x = case.x.requires_grad_() if case.x.is_leaf else case.x.detach().requires_grad_()
+    with on_cpu(case):
+        y = block(x)
+    assert_no_worse_in_any_case(y.detach(), theirs, truth)
+    assert y.grad_fn is not None
+
+
+@pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+@number_of_cases(10)
+@given(op_cases(dtypes=(torch.float32, *LOW), most_channels=40, kernel_sizes=(1, 3, 5, 7, 9)))
+def test_cuda_on_the_host(case):
+    inputs = case.inputs
+    assume(0 < inputs.dy.numel() <= 6000)  # empty calls end in the binding
+    found = host.run(host.build(), inputs, case.act)
+    check_outputs("cuda", found, inputs, case.act, policy=assert_no_worse_in_any_case)
