@@ -139,7 +139,7 @@ def block_and_outputs(case: BlockCase) -> tuple[FusedGatedCNNBlock, Tensor, Tens
     block.to(case.dtype)
 
     def by_modules(dtype: torch.dtype) -> Tensor:
-        large_filter = dict(case.arguments)["kernel_size"] > 9  # as in numerics.eager
+        large_filter = dict(case.arguments).get("kernel_size", 7) > 9  # as in numerics.eager
         with backends.force("reference"), torch.no_grad(), torch.backends.mkldnn.flags(enabled=not large_filter):
             return copy.deepcopy(block).to(dtype)(case.x.to(dtype))
 
