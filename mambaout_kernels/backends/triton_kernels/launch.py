@@ -107,7 +107,7 @@ def backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> t
     """(du, dweight, dbias) of valid inputs."""
     (N, H, W, _), D, C, K = u.shape, u.shape[3] // 2, weight.shape[0], weight.shape[2]
     if u.numel() == 0:
-        return torch.empty_like(u), torch.zeros_like(weight), torch.zeros_like(bias)
+        return u.new_empty(u.shape), weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
     (dy, dy_strides), (u, strides) = _nhwc(dy), _nhwc(u)
     vector = _vector(D, C, *dy_strides, *strides)
     choose = functools.partial(
@@ -126,7 +126,7 @@ def backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> t
             ACT=act, VEC=vector, STAGES=tile.stages, **_constants(tile, K),
         )  # fmt: skip
         if C == 0:
-            return du, torch.zeros_like(weight), torch.zeros_like(bias)
+            return du, weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
         tile = choose("input_gradient")
         programs, *blocks = _blocks(tile, (N, H, W), C)
         input_gradient[(programs,)](
