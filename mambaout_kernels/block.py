@@ -20,7 +20,7 @@ from torch import nn
 from . import whole_block
 from .causal import CausalConv2d
 from .checks import MAX_KERNEL_SIZE
-from .norm_linear import applies, hooked, linear, norm_linear
+from .norm_linear import applies, hooked, norm_linear
 from .ops import gated_dwconv
 from .packs import Pack
 from .reference import ACTIVATIONS, activation
@@ -236,9 +236,9 @@ class FusedGatedCNNBlock(nn.Module):
         if whole_block.applies(self, x):
             return whole_block.run(self, x)
         norm: Any = self.norm
-        u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else linear(self.fc1, norm(x))
+        u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else self.fc1(norm(x))
         y = self._middle(u)
-        return self.drop_path(self.ls(linear(self.fc2, y))) + x
+        return self.drop_path(self.ls(self.fc2(y))) + x
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
