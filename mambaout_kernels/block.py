@@ -128,8 +128,8 @@ class FusedGatedCNNBlock(nn.Module):
         TypeError: an unknown argument, or one of the wrong type.
         ValueError: an argument out of range, or an input that is not (N, H, W, dim) floating point.
 
-    norm, ls and drop_path are called as modules, so their hooks and replacements work; so are fc1 and fc2, unless
-    they are plain nn.Linear without hooks, whose parameters are read (norm_linear.py; norm's too, in training). The
+    norm, fc1, fc2, ls and drop_path are called as modules where they have hooks or are not the plain ones; else their
+    parameters may be read instead (norm_linear.py in training, whole_block.py in inference on the CPU). The
     fused op reads conv's parameters and act's name without calling these two. Where that would change the result
     (hooks, or a conv that is no longer the plain depthwise one: parametrized, dilated, replaced) the block calls them,
     with one warning; `unfused_reason()` tells.

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
 from .backends import cpu
 from .norm_linear import hooked, is_layer_norm
-from .packs import Pack, packed
+from .packs import Pack, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
@@ -70,7 +69,8 @@ def applies(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, act_
     It does on the compiled CPU kernels, when no gradient is wanted, for plain modules without hooks, in float32 or
     bfloat16, or with float32 parameters under bfloat16 autocast. act_name: what act computes, "identity" for None.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.ndim != 4 or backends.preferred("cpu") != "cpu":
+    stored = stored_dtype(x)
+    if stored is None:
         return False
     if type(conv) is not nn.Conv2d or hooked(conv) or act_name is None or (act is not None and hooked(act)):
         return False
@@ -78,13 +78,6 @@ def applies(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, act_
         return False
     if conv.groups != 1 or conv.padding_mode != "zeros" or x.shape[3] != conv.in_channels:
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    stored = x.dtype
-    if torch.is_autocast_enabled("cpu"):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
-            return False
-        stored = torch.float32
     parameters = [conv.weight]
     if norm is not None:
         if not is_layer_norm(norm) or hooked(norm) or norm.normalized_shape != (conv.out_channels,):
@@ -97,7 +90,6 @@ def applies(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, act_
 
 def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack) -> Tensor:
     """act(norm(conv(x))), (N, H, W, C) to (N, H/2, W/2, out_channels), halves rounded up. See `applies`."""
-    low_precision = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     return _op(
         x,
         conv.weight,
@@ -107,7 +99,7 @@ def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack) -> Tensor:
         norm is not None,
         0.0 if norm is None else norm.eps,
         act_name,
-        torch.bfloat16 if low_precision else torch.float32,
-        low_precision and cpu.multiplies_bf16(),
+        torch.bfloat16 if low_precision(x) else torch.float32,
+        low_precision(x) and cpu.multiplies_bf16(),
         pack.number,
     )

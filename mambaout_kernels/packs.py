@@ -10,8 +10,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import backends
 from .backends import cpu
 
 # What packed parameters were made from, and themselves, by the number of their Pack.
@@ -37,6 +39,26 @@ def packed_bytes(module: nn.Module) -> int:
     kept = [value for each in module.modules() for value in vars(each).values()]
     found = [pack for value in kept for pack in (value if isinstance(value, tuple) else (value,))]
     return sum(_packs[pack.number][1].nbytes for pack in found if isinstance(pack, Pack) and pack.number in _packs)
+
+
+def stored_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that a module's parameters must have for an op on packed ones to compute on x what its layers would.
+
+    None where no such op may run: off the compiled CPU kernels, where gradients are wanted, in other dtypes than
+    float32, bfloat16 and float32 under bfloat16 autocast.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.ndim != 4 or backends.preferred("cpu") != "cpu":
+        return None
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return x.dtype
+    return torch.float32 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+
+
+def low_precision(x: Tensor) -> bool:
+    """Whether the layers would compute in bfloat16, given that `stored_dtype` has an answer."""
+    return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
 
 
 def packed(

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
 from .backends import cpu
 from .causal import CausalConv2d
 from .norm_linear import hooked, is_layer_norm
-from .packs import packed
+from .packs import low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
     "gated_cnn_block(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
     "Tensor? conv_weight, Tensor? conv_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? scale, float eps, str act, "
-    "bool low_precision, int pack) -> Tensor",
+    "bool bf16, int pack) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -54,14 +53,14 @@ def _impl(
     scale: Tensor | None,
     eps: float,
     act: str,
-    low_precision: bool,
+    bf16: bool,
     pack: int,
 ) -> Tensor:
     _check(x, fc1_weight, fc2_weight, act)
     parameters = [
         norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias, scale,
     ]  # fmt: skip
-    return cpu.gated_cnn_block(x, packed(pack, parameters, low_precision, cpu.pack_block), eps, act)
+    return cpu.gated_cnn_block(x, packed(pack, parameters, bf16, cpu.pack_block), eps, act)
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -94,7 +93,8 @@ def applies(block: Any, x: Tensor) -> bool:
     It does on the compiled CPU kernels, when no gradient is wanted, for plain modules without hooks, in float32 or
     bfloat16, or with float32 parameters under bfloat16 autocast.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.ndim != 4 or backends.preferred("cpu") != "cpu":
+    stored = stored_dtype(x)
+    if stored is None:
         return False
     norm, fc1, fc2 = block.norm, block.fc1, block.fc2
     if not is_layer_norm(norm) or type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
@@ -106,13 +106,6 @@ def applies(block: Any, x: Tensor) -> bool:
     known, scale = _scale_of(block.ls)
     if not known:
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    stored = x.dtype
-    if torch.is_autocast_enabled("cpu"):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
-            return False
-        stored = torch.float32
     parameters = (norm.weight, fc1.weight, fc2.weight, scale, getattr(block.conv, "weight", None))
     return all(p is None or (p.dtype == stored and p.device == x.device) for p in parameters)
 
@@ -121,7 +114,7 @@ def run(block: Any, x: Tensor) -> Tensor:
     """The block's output for x, (N, H, W, dim) to the same, in the dtype that the modules would give. See `applies`."""
     norm, fc1, conv, fc2 = block.norm, block.fc1, block.conv, block.fc2
     scale = _scale_of(block.ls)[1]
-    low_precision = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    in_bf16 = low_precision(x) and cpu.multiplies_bf16()
     if scale is not None and scale.dtype != x.dtype:  # autocast multiplies by a float32 scale in float32
         x = x.float()
     return _op(
@@ -137,6 +130,6 @@ def run(block: Any, x: Tensor) -> Tensor:
         scale,
         norm.eps,
         block.op_act,
-        low_precision and cpu.multiplies_bf16(),
+        in_bf16,
         block.pack.number,
     )

@@ -124,6 +124,15 @@ def test_bitwise_the_same_at_every_thread_count_and_in_a_batch():
                 assert torch.equal(model.forward_features(images), first)
 
 
+PARAMETERS = [f"{module}.{kind}" for module in ("norm", "fc1", "conv", "fc2") for kind in ("weight", "bias")]
+PARAMETERS.append("ls.gamma")
+
+
+def parameters_of(block):
+    """In the op's order, without layer scale."""
+    return [block.get_parameter(name).detach() for name in PARAMETERS[:-1]] + [None]
+
+
 def _in_place(p):
     p.mul_(1.5)
 
@@ -137,20 +146,7 @@ def _through_numpy(p):
 
 
 @pytest.mark.parametrize("change", [_in_place, _through_data, _through_numpy])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "norm.weight",
-        "norm.bias",
-        "fc1.weight",
-        "fc1.bias",
-        "conv.weight",
-        "conv.bias",
-        "fc2.weight",
-        "fc2.bias",
-        "ls.gamma",
-    ],
-)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_changed_parameters_are_packed_again(name, change):
     block = block_of(32, ls_init_value=0.5)
     x = torch.randn(1, 6, 6, 32)
@@ -279,23 +275,7 @@ def test_opcheck(module):
     x = torch.randn(1, 5, 6, 8)
     if module == "block":
         block = block_of(8)
-        c, n = block.conv, block.norm
-        arguments = (
-            x,
-            n.weight,
-            n.bias,
-            block.fc1.weight,
-            block.fc1.bias,
-            c.weight,
-            c.bias,
-            block.fc2.weight,
-            block.fc2.bias,
-            None,
-            1e-6,
-            "gelu",
-            False,
-            block.pack.number,
-        )
+        arguments = (x, *parameters_of(block), 1e-6, "gelu", False, block.pack.number)
         op = torch.ops.mambaout_kernels.gated_cnn_block
     else:
         conv = nn.Conv2d(8, 12, 3, 2, 1)
@@ -318,24 +298,7 @@ def test_opcheck(module):
 
 
 def test_bad_input():
-    block = block_of(8)
-    n, c = block.norm, block.conv
-    good = [
-        torch.randn(1, 5, 6, 8),
-        n.weight,
-        n.bias,
-        block.fc1.weight,
-        block.fc1.bias,
-        c.weight,
-        c.bias,
-        block.fc2.weight,
-        block.fc2.bias,
-        None,
-        1e-6,
-        "gelu",
-        False,
-        1,
-    ]
+    good = [torch.randn(1, 5, 6, 8), *parameters_of(block_of(8)), 1e-6, "gelu", False, 1]
     op = torch.ops.mambaout_kernels.gated_cnn_block
     for at, bad, error, message in (
         (0, torch.randn(5, 6, 8), ValueError, "x must be"),
@@ -373,19 +336,7 @@ def test_packed_parameters_of_another_instruction_set_are_refused():
     supported = cpu.module.supported_cpu_capabilities()
     if len(supported) < 2:
         pytest.skip("one instruction set here")
-    block = block_of(8)
-    parameters = [
-        block.norm.weight,
-        block.norm.bias,
-        block.fc1.weight,
-        block.fc1.bias,
-        block.conv.weight,
-        block.conv.bias,
-        block.fc2.weight,
-        block.fc2.bias,
-        None,
-    ]
-    parameters = [p if p is None else p.detach() for p in parameters]
+    parameters = parameters_of(block_of(8))
     before = cpu.module.cpu_capability()
     try:
         cpu.module.set_cpu_capability(supported[0])
