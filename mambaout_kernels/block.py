@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import whole_block
+from . import linear, whole_block
 from .causal import CausalConv2d
 from .checks import MAX_KERNEL_SIZE
-from .norm_linear import applies, hooked, norm_linear
+from .linear import hooked
+from .norm_linear import applies, norm_linear
 from .ops import gated_dwconv
 from .packs import Pack
 from .reference import ACTIVATIONS, activation
@@ -238,7 +239,7 @@ class FusedGatedCNNBlock(nn.Module):
         norm: Any = self.norm
         u = norm_linear(norm, self.fc1, x) if applies(norm, self.fc1, x) else self.fc1(norm(x))
         y = self._middle(u)
-        return self.drop_path(self.ls(self.fc2(y))) + x
+        return self.drop_path(self.ls(linear.call(self.fc2, y))) + x
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(

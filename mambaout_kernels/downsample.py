@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .backends import cpu
-from .norm_linear import hooked, is_layer_norm
+from .linear import hooked
+from .norm_linear import is_layer_norm
 from .packs import Pack, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
 

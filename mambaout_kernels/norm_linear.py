@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
+from .linear import hooked, linear, linear_dweight, linear_dx
 
 
 class _NormLinear(torch.autograd.Function):
@@ -20,14 +21,13 @@ class _NormLinear(torch.autograd.Function):
         x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         normed, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), gamma, beta, eps)
-        return F.linear(normed, weight, bias), mean, rstd
+        return linear(normed, weight, bias), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, gamma, beta, ctx.eps, weight, bias = inputs
+        x, gamma, beta, ctx.eps, weight, _ = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.has_bias = bias is not None
         ctx.save_for_backward(x, gamma, beta, weight, mean, rstd)
 
     @staticmethod
@@ -35,10 +35,8 @@ class _NormLinear(torch.autograd.Function):
         x, gamma, beta, weight, mean, rstd = ctx.saved_tensors
         needs_x, needs_gamma, needs_beta, _, needs_weight, needs_bias = ctx.needs_input_grad
         normed = F.layer_norm(x, (x.shape[-1],), gamma, beta, ctx.eps)
-        rows = du.reshape(-1, du.shape[-1])
-        dnormed = (rows @ weight).view(x.shape)
-        dweight = rows.t() @ normed.reshape(-1, x.shape[-1]) if needs_weight else None
-        dbias = rows.sum(dim=0) if needs_bias and ctx.has_bias else None
+        dnormed = linear_dx(du, weight)
+        dweight, dbias = linear_dweight(du, normed) if needs_weight or needs_bias else (None, None)
         dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
             dnormed,
             x,
@@ -49,7 +47,7 @@ class _NormLinear(torch.autograd.Function):
             beta,
             [needs_x, needs_gamma, needs_beta and beta is not None],
         )
-        return dx, dgamma, dbeta, None, dweight, dbias
+        return dx, dgamma, dbeta, None, dweight if needs_weight else None, dbias if needs_bias else None
 
 
 def applies(norm: nn.Module, fc: nn.Module, x: Tensor) -> bool:
@@ -80,10 +78,3 @@ def norm_linear(norm: nn.LayerNorm, fc: nn.Linear, x: Tensor) -> Tensor:
     """fc(norm(x)), (..., dim) to (..., out_features)."""
     u, _, _ = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, fc.weight, fc.bias)
     return u
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .backends import cpu
 from .causal import CausalConv2d
-from .norm_linear import hooked, is_layer_norm
+from .linear import hooked
+from .norm_linear import is_layer_norm
 from .packs import low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
 

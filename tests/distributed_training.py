@@ -8,6 +8,7 @@ Blocks are checkpointed. fsdp trains a patched model of timm's, so that both cla
 comes out under the names of one process.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -67,14 +68,10 @@ def full_state_dict(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def main(kind: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    rank, world = 0, 1
+def train(kind: str, rank: int, world: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of every step, and the model's state_dict; nothing else that refers to the process group is left."""
     model: nn.Module = make_patched_model() if kind == "fsdp" else make_model()
     model.train()
-    if kind != "single":
-        dist.init_process_group("gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
     apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, FusedGatedCNNBlock))
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
@@ -95,11 +92,23 @@ def main(kind: str, out: Path) -> None:
         losses.append(mean.item() / world)
     weights = full_state_dict(model) if kind == "fsdp" else model.state_dict()
     weights = {key.removeprefix("module.").replace("_checkpoint_wrapped_module.", ""): w for key, w in weights.items()}
-    weights = to_authors(weights) if kind == "fsdp" else weights
+    return losses, to_authors(weights) if kind == "fsdp" else weights
+
+
+def main(kind: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    rank, world = 0, 1
+    if kind != "single":
+        dist.init_process_group("gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+    losses, weights = train(kind, rank, world)
     if rank == 0:
         torch.save(weights, out.with_suffix(".pth"))
         out.write_text(json.dumps(losses))
     if world > 1:
+        # Only without any reference to it does gloo join its threads; one that lets go of a tensor while the
+        # interpreter shuts down ends the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

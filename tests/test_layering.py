@@ -17,6 +17,7 @@ LAYERS = [
     "checks",
     "backends",
     "ops",
+    "linear",
     "norm_linear",
     "causal",
     "packs",

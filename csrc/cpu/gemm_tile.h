@@ -16,6 +16,22 @@ struct Ahead {
   [[gnu::always_inline]] void fetch(std::int64_t k) const { __builtin_prefetch(at + k * step, 0, 2); }
 };
 
+struct NothingAhead {
+  [[gnu::always_inline]] void fetch(std::int64_t) const {}
+};
+
+// The factors a(r, k) of a tile of pixels: [pixel][step], or [k][pixels of the tile].
+struct PixelByPixel {
+  const float* at;
+  std::int64_t step;
+  [[gnu::always_inline]] float operator()(std::int64_t r, std::int64_t k) const { return at[r * step + k]; }
+};
+template <int kTileRows>
+struct TermByTerm {
+  const float* at;
+  [[gnu::always_inline]] float operator()(std::int64_t r, std::int64_t k) const { return at[k * kTileRows + r]; }
+};
+
 // Products in fp32.
 struct Fp32Products {
   using Element = float;
@@ -26,12 +42,11 @@ struct Fp32Products {
   // Terms of one sum; the sums of a longer one are added up. One sum of 1536 terms has 3.5 times eager's error.
   static constexpr std::int64_t kSumDepth = 128;
 
-  // out[r][0 .. 2 lanes) = sum_k a[r * a_step + k] * panel[k][0 .. 2 lanes), added to what is there if kAdd
-  template <int kTileRows, bool kAdd = false>
-  [[gnu::noinline]] static void tile(const float* a, std::int64_t a_step, const void* panel, std::int64_t depth,
-                                     float* out, Ahead ahead) {
+  // put(first sum?, r, left, right) gets sum_k a(r, k) * panel[k][0 .. 2 lanes), in sums of kSumDepth terms.
+  template <int kTileRows, typename A, typename AheadOf, typename Put>
+  [[gnu::always_inline]] static void multiply(const A& a, const float* b, std::int64_t depth, const AheadOf& ahead,
+                                              const Put& put) {
     constexpr int L = Vec::kLanes;
-    const float* b = static_cast<const float*>(panel);
     for (std::int64_t k0 = 0; k0 < depth; k0 += kSumDepth) {
       const std::int64_t k1 = k0 + kSumDepth < depth ? k0 + kSumDepth : depth;
       Vec left[kTileRows], right[kTileRows];
@@ -42,18 +57,27 @@ struct Fp32Products {
         ahead.fetch(k);
 #pragma GCC unroll 16
         for (int r = 0; r < kTileRows; ++r) {
-          const Vec value = broadcast(a[r * a_step + k]);
+          const Vec value = broadcast(a(r, k));
           left[r] = fma(value, b0, left[r]);
           right[r] = fma(value, b1, right[r]);
         }
       }
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) {
-        float* to = out + r * 2 * L;
-        store(to, k0 == 0 && !kAdd ? left[r] : load(to) + left[r]);
-        store(to + L, k0 == 0 && !kAdd ? right[r] : load(to + L) + right[r]);
-      }
+      for (int r = 0; r < kTileRows; ++r) put(k0 == 0, r, left[r], right[r]);
     }
+  }
+
+  // out[r][0 .. 2 lanes) = sum_k a[r * a_step + k] * panel[k][0 .. 2 lanes), added to what is there if kAdd
+  template <int kTileRows, bool kAdd = false>
+  [[gnu::noinline]] static void tile(const float* a, std::int64_t a_step, const void* panel, std::int64_t depth,
+                                     float* out, Ahead ahead) {
+    constexpr int L = Vec::kLanes;
+    multiply<kTileRows>(PixelByPixel{a, a_step}, static_cast<const float*>(panel), depth, ahead,
+                        [=](bool first, int r, Vec left, Vec right) {
+                          float* to = out + r * 2 * L;
+                          store(to, first && !kAdd ? left : load(to) + left);
+                          store(to + L, first && !kAdd ? right : load(to + L) + right);
+                        });
   }
 };
 

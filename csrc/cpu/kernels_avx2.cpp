@@ -24,6 +24,7 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "gemm_tile.h"
 #include "block_body.h"
 #include "downsample_body.h"
+#include "matmul_body.h"
 #include "peak_body.h"
 // clang-format on
 
@@ -48,6 +49,8 @@ const BlockKernels* block_kernels_avx2(DType multiplied, DType io) {
 const DownsampleKernels* downsample_kernels_avx2(DType multiplied, DType in, DType out) {
   return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products, 1>(in, out) : nullptr;
 }
+
+const MatmulKernels* matmul_kernels_avx2() { return &kMatmulKernels; }
 
 const PeakKernel* peak_avx2(DType multiplied) { return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr; }
 

@@ -27,6 +27,7 @@ struct GateOf<act, double> {
 #include "gemm_tile.h"
 #include "block_body.h"
 #include "downsample_body.h"
+#include "matmul_body.h"
 #include "peak_body.h"
 // clang-format on
 
@@ -53,6 +54,8 @@ const BlockKernels* block_kernels_portable(DType multiplied, DType io) {
 const DownsampleKernels* downsample_kernels_portable(DType multiplied, DType in, DType out) {
   return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products, 0>(in, out) : nullptr;
 }
+
+const MatmulKernels* matmul_kernels_portable() { return &kMatmulKernels; }
 
 const PeakKernel* peak_portable(DType multiplied) { return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr; }
 

@@ -82,6 +82,31 @@ inline __m128i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
 }
 inline __m128i narrow(Vec a, Float16) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
+// to[i * to_step + j] = from[j * from_step + i], i and j below 8
+inline void transpose(const float* from, std::int64_t from_step, float* to, std::int64_t to_step) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) a[j] = _mm256_loadu_ps(from + j * from_step);
+  const auto twos = [](__m256 x) { return _mm256_castps_pd(x); };
+#pragma GCC unroll 4
+  for (int j = 0; j < 8; j += 2) {
+    b[j] = _mm256_unpacklo_ps(a[j], a[j + 1]);
+    b[j + 1] = _mm256_unpackhi_ps(a[j], a[j + 1]);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 8; j += 4) {
+    a[j] = _mm256_castpd_ps(_mm256_unpacklo_pd(twos(b[j]), twos(b[j + 2])));
+    a[j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(twos(b[j]), twos(b[j + 2])));
+    a[j + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(twos(b[j + 1]), twos(b[j + 3])));
+    a[j + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(twos(b[j + 1]), twos(b[j + 3])));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+
 // Past the caches; p is aligned to the size of what is stored.
 inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 template <typename Half>

@@ -83,6 +83,36 @@ inline __m256i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
 #endif
 inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
+// to[i * to_step + j] = from[j * from_step + i], i and j below 16
+inline void transpose(const float* from, std::int64_t from_step, float* to, std::int64_t to_step) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j) a[j] = _mm512_loadu_si512(from + j * from_step);
+  // Twos, then fours of a row's neighbours within each 128 bits; then the 128 bits of four rows, twice.
+#pragma GCC unroll 8
+  for (int j = 0; j < 16; j += 2) {
+    b[j] = _mm512_unpacklo_epi32(a[j], a[j + 1]);
+    b[j + 1] = _mm512_unpackhi_epi32(a[j], a[j + 1]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 16; j += 4) {
+    a[j] = _mm512_unpacklo_epi64(b[j], b[j + 2]);
+    a[j + 1] = _mm512_unpackhi_epi64(b[j], b[j + 2]);
+    a[j + 2] = _mm512_unpacklo_epi64(b[j + 1], b[j + 3]);
+    a[j + 3] = _mm512_unpackhi_epi64(b[j + 1], b[j + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low0 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), high0 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    const __m512i low1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i high1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    _mm512_storeu_si512(to + i * to_step, _mm512_shuffle_i32x4(low0, low1, 0x88));
+    _mm512_storeu_si512(to + (i + 4) * to_step, _mm512_shuffle_i32x4(high0, high1, 0x88));
+    _mm512_storeu_si512(to + (i + 8) * to_step, _mm512_shuffle_i32x4(low0, low1, 0xdd));
+    _mm512_storeu_si512(to + (i + 12) * to_step, _mm512_shuffle_i32x4(high0, high1, 0xdd));
+  }
+}
+
 // Past the caches; p is aligned to the size of what is stored.
 inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 template <typename Half>

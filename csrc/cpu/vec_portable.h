@@ -135,6 +135,12 @@ inline Vec load(const float* p) {
   return result;
 }
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
+// to[i * to_step + j] = from[j * from_step + i], i and j below the lanes
+inline void transpose(const float* from, std::int64_t from_step, float* to, std::int64_t to_step) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    for (int j = 0; j < Vec::kLanes; ++j) to[i * to_step + j] = from[j * from_step + i];
+  }
+}
 template <typename Element, typename V>
 inline void stream(Element* p, V a) {
   store(p, a);

@@ -20,6 +20,9 @@ try:
     _pack_block = torch.ops.mambaout_kernels_native.gated_cnn_block_pack_cpu.default
     _pack_downsample = torch.ops.mambaout_kernels_native.downsample_pack_cpu.default
     _downsample = torch.ops.mambaout_kernels_native.downsample_cpu.default
+    linear = torch.ops.mambaout_kernels_native.linear_cpu.default
+    linear_dx = torch.ops.mambaout_kernels_native.linear_dx_cpu.default
+    linear_dweight = torch.ops.mambaout_kernels_native.linear_dweight_cpu.default
     _block = torch.ops.mambaout_kernels_native.gated_cnn_block_cpu.default
 except ImportError as error:
     module = None
