@@ -80,7 +80,11 @@ class BlockRunner {
         R_(shape_.K / 2),
         halo0_(task.w0 > R_ ? task.w0 - R_ : 0),
         halo1_(task.w1 + R_ < call_.W ? task.w1 + R_ : call_.W),
-        window_(block_window(at_, shape_, {0, L, sizeof(Element), nullptr}, width_, task.chunk_rows)),
+        identity_(panel_range(task, at_.identity)),
+        conv_(panel_range(task, at_.conv)),
+        out_(panel_range(task, at_.dim)),
+        window_(block_window(at_, shape_, {0, L, sizeof(Element), nullptr}, width_, task.chunk_rows,
+                             conv_.end - conv_.begin)),
         normed_(part<Element>(window_.normed)),
         ring_(part<float>(window_.ring)),
         y_(part<Element>(window_.y)),
@@ -88,6 +92,15 @@ class BlockRunner {
         tiles_(part<float>(window_.tiles)) {}
 
   void run() {
+    if (task_.step != BlockStep::kProject) return gate();
+    for (std::int64_t h = task_.h0; h < task_.h1; h += task_.chunk_rows) {
+      take_y(h);
+      multiply_fc2(h, smaller(h + task_.chunk_rows, task_.h1));
+    }
+  }
+
+ private:
+  void gate() {
     clear_ring();
     // The rows above the rectangle that its filter covers.
     std::int64_t first = task_.h0 > R_ ? task_.h0 - R_ : 0;
@@ -109,13 +122,18 @@ class BlockRunner {
         if (shape_.C > 0) fill_ring(ready, wanted, ready - h);
         ready = wanted;
       }
+      take_y(h);
       gate_identity(end - h);
       gate_conv(h, end);
-      multiply_fc2(h, end);
+      if (task_.step == BlockStep::kAll) multiply_fc2(h, end);
     }
   }
 
- private:
+  // Where a chunk's y is: with the task, or in the image's.
+  void take_y(std::int64_t h) {
+    if (task_.y != nullptr) y_ = static_cast<Element*>(task_.y) + h * call_.W * window_.step2;
+  }
+
   template <typename T>
   T* part(std::int64_t offset) const {
     return reinterpret_cast<T*>(static_cast<char*>(task_.window) + offset);
@@ -126,7 +144,7 @@ class BlockRunner {
   }
   std::int64_t halo_width() const { return halo1_ - halo0_; }
   float* ring_row(std::int64_t vector, std::int64_t h) const {
-    return ring_ + (vector * window_.ring_rows + h % window_.ring_rows) * window_.padded_width * L;
+    return ring_ + ((vector - conv_.begin / L) * window_.ring_rows + h % window_.ring_rows) * window_.padded_width * L;
   }
 
   // What follows `begin`, in memory as in its turn, for the tile at pixel p of `pixels`: its share of `bytes`.
@@ -140,7 +158,7 @@ class BlockRunner {
   // Columns outside the image are zero in every row.
   void clear_ring() const {
     const std::int64_t first = halo0_ - (task_.w0 - R_), last = first + halo_width();
-    for (std::int64_t r = 0; r < at_.conv / L * window_.ring_rows; ++r) {
+    for (std::int64_t r = 0; r < (conv_.end - conv_.begin) / L * window_.ring_rows; ++r) {
       float* row = ring_ + r * window_.padded_width * L;
       __builtin_memset(row, 0, sizeof(float) * first * L);
       __builtin_memset(row + last * L, 0, sizeof(float) * (window_.padded_width - last) * L);
@@ -165,7 +183,7 @@ class BlockRunner {
   void fill_ring(std::int64_t h0, std::int64_t h1, std::int64_t at) const {
     const std::int64_t pixels = (h1 - h0) * halo_width(), offset = halo0_ - (task_.w0 - R_);
     const Element* a = normed_ + at * halo_width() * window_.step1;
-    for (std::int64_t v = 0; v < at_.conv / L; v += 2) {
+    for (std::int64_t v = conv_.begin / L; v < conv_.end / L; v += 2) {
       const char* panel = packed<char>(at_.conv_panels) + v / 2 * at_.panel1;
       const float* bias = packed<float>(at_.conv_bias1) + v * L;
       const Vec bias0 = load(bias), bias1 = load(bias + L);
@@ -201,7 +219,7 @@ class BlockRunner {
 
   // y = act(g) * i
   void gate_identity(std::int64_t rows) const {
-    for (std::int64_t d = 0; d < at_.identity; d += kColumns) {
+    for (std::int64_t d = identity_.begin; d < identity_.end; d += kColumns) {
       const char* panels = packed<char>(at_.identity_panels) + d / kColumns * 2 * at_.panel1;
       const float *gate_bias = packed<float>(at_.identity_gate_bias) + d, *bias = packed<float>(at_.identity_bias) + d;
       for_each_tile_of_chunk(rows, [&](auto tile, const Element* a, std::int64_t p) {
@@ -225,7 +243,7 @@ class BlockRunner {
   // y = act(g) * dwconv(c) on rows [h0, h1)
   void gate_conv(std::int64_t h0, std::int64_t h1) const {
     const std::int64_t pixels = (h1 - h0) * width_;
-    for (std::int64_t d = 0; d < at_.conv; d += kColumns) {
+    for (std::int64_t d = conv_.begin; d < conv_.end; d += kColumns) {
       for (std::int64_t v = 0; v < 2; ++v) {
         for (std::int64_t h = h0; h < h1; ++h) convolve_row(d / L + v, h, s_ + (v * pixels + (h - h0) * width_) * L);
       }
@@ -263,7 +281,7 @@ class BlockRunner {
 
   // out = x + scale * fc2(y) on rows [h0, h1)
   void multiply_fc2(std::int64_t h0, std::int64_t h1) const {
-    for (std::int64_t d = 0; d < at_.dim; d += kColumns) {
+    for (std::int64_t d = out_.begin; d < out_.end; d += kColumns) {
       const char* panel = packed<char>(at_.fc2_panels) + d / kColumns * at_.panel2;
       const float *bias = packed<float>(at_.fc2_bias) + d, *scale = packed<float>(at_.scale) + d;
       const std::int64_t columns = smaller(kColumns, shape_.dim - d);
@@ -291,6 +309,7 @@ class BlockRunner {
   const GatedCnnBlockShape& shape_;
   const BlockPack& at_;
   const std::int64_t width_, R_, halo0_, halo1_;
+  const PanelRange identity_, conv_, out_;
   const BlockWindow window_;
   Element* normed_;
   float* ring_;

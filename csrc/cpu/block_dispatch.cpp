@@ -96,14 +96,20 @@ class Packer {
   char* packed_;
 };
 
+// Rows of a strip, below which the threads share out the channels instead.
+constexpr std::int64_t kFewRows = 8;
+
 struct Cut {
   std::int64_t strips, columns, chunk_rows, width;
+  std::int64_t parts;  // of the channels; if more than one, there is one strip and one column
+  std::int64_t conv;   // the most conv channels of a task
 };
-Cut cut(const GatedCnnBlockCall& call, int num_threads) {
+Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
   Cut c;
   c.columns = ceil_div(call.W, kMaxBlockWidth);
   c.width = ceil_div(call.W, c.columns);
   c.strips = 1;
+  c.parts = 1;
   // A strip norms and multiplies R rows of its neighbours again: no more of them than the threads can use.
   const std::int64_t R = call.shape.K / 2;
   const auto uneven = [&] {
@@ -111,16 +117,31 @@ Cut cut(const GatedCnnBlockCall& call, int num_threads) {
     return tasks < 4 * num_threads && tasks % num_threads != 0;
   };
   while (uneven() && call.H / (c.strips + 1) >= std::max<std::int64_t>(1, R)) ++c.strips;
+  if (c.columns == 1 && c.strips > 1 && ceil_div(call.H, c.strips) < kFewRows) {
+    c.strips = 1;
+    c.parts = std::min<std::int64_t>(num_threads, (at.identity + at.conv) / at.columns);
+  }
+  c.conv = ceil_div(at.conv / at.columns, c.parts) * at.columns;
   const std::int64_t rows = ceil_div(call.H, c.strips);
   const std::int64_t chunks = std::max<std::int64_t>(1, (rows * c.width + kChunkPixels / 2) / kChunkPixels);
   c.chunk_rows = ceil_div(rows, std::min(chunks, rows));
   return c;
 }
 
+// The workspace of a call: what the parts of the channels share, then a window for each thread. In bytes.
+struct Scratch {
+  std::int64_t image, shared, window;
+};
+Scratch scratch(const GatedCnnBlockCall& call, const BlockPack& at, const BlockKernels& kernels, const Cut& c) {
+  const BlockWindow window = block_window(at, call.shape, kernels, c.width, c.chunk_rows, c.conv);
+  const std::int64_t image = c.parts > 1 ? align_up(call.H * call.W * window.step2 * kernels.element_bytes) : 0;
+  return {image, image * call.N, window.total};
+}
+
 }  // namespace
 
 BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, const BlockKernels& kernels,
-                         std::int64_t width, std::int64_t chunk_rows) {
+                         std::int64_t width, std::int64_t chunk_rows, std::int64_t conv) {
   const std::int64_t R = shape.K / 2, pixels = chunk_rows * width, line = kLine / kernels.element_bytes;
   const std::int64_t halo_rows = shape.C > 0 ? R : 0;
   BlockWindow w;
@@ -136,7 +157,7 @@ BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, c
     return begin;
   };
   w.normed = take((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width * w.step1 * kernels.element_bytes);
-  w.ring = take(at.conv * w.ring_rows * w.padded_width * 4);
+  w.ring = take(conv * w.ring_rows * w.padded_width * 4);
   w.y = take(pixels * w.step2 * kernels.element_bytes);
   w.s = take(2 * pixels * kernels.lanes * 4);
   w.tiles = take(2 * kMaxTileRows * at.columns * 4);
@@ -201,32 +222,43 @@ void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& 
 std::int64_t block_workspace_bytes(const GatedCnnBlockCall& call, int num_threads) {
   if (call.N * call.H * call.W == 0) return kLine;
   const BlockKernels& kernels = *kernels_of(call.shape.multiplied, call.dtype);
-  const Cut c = cut(call, num_threads);
-  return num_threads * block_window(lay_out(call.shape, kernels), call.shape, kernels, c.width, c.chunk_rows).total +
-         kLine;
+  const BlockPack at = lay_out(call.shape, kernels);
+  const Scratch bytes = scratch(call, at, kernels, cut(call, at, num_threads));
+  return bytes.shared + num_threads * bytes.window + kLine;
 }
 
 void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
   if (call.N * call.H * call.W == 0) return;
   const BlockKernels& kernels = *kernels_of(call.shape.multiplied, call.dtype);
   const BlockPack at = lay_out(call.shape, kernels);
-  const Cut c = cut(call, num_threads);
-  const std::int64_t bytes = block_window(at, call.shape, kernels, c.width, c.chunk_rows).total;
+  const Cut c = cut(call, at, num_threads);
+  const Scratch bytes = scratch(call, at, kernels, c);
   char* base = align_up(workspace);
-  run_tasks(call.N * c.strips * c.columns, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
-    const std::int64_t column = task % c.columns, strip = task / c.columns % c.strips;
-    BlockTask t;
-    t.call = &call;
-    t.at = &at;
-    t.n = task / c.columns / c.strips;
-    t.h0 = part_begin(call.H, c.strips, strip);
-    t.h1 = part_begin(call.H, c.strips, strip + 1);
-    t.w0 = part_begin(call.W, c.columns, column);
-    t.w1 = part_begin(call.W, c.columns, column + 1);
-    t.chunk_rows = c.chunk_rows;
-    t.window = base + slot * bytes;
-    kernels.run(t);
-  });
+  const auto run = [&](BlockStep step) {
+    const std::int64_t tasks_of_image = c.strips * c.columns * c.parts;
+    run_tasks(call.N * tasks_of_image, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
+      const std::int64_t rectangle = task % tasks_of_image / c.parts;
+      const std::int64_t column = rectangle % c.columns, strip = rectangle / c.columns;
+      BlockTask t;
+      t.call = &call;
+      t.at = &at;
+      t.n = task / tasks_of_image;
+      t.h0 = part_begin(call.H, c.strips, strip);
+      t.h1 = part_begin(call.H, c.strips, strip + 1);
+      t.w0 = part_begin(call.W, c.columns, column);
+      t.w1 = part_begin(call.W, c.columns, column + 1);
+      t.chunk_rows = c.chunk_rows;
+      t.step = step;
+      t.part = task % c.parts;
+      t.parts = c.parts;
+      t.y = step == BlockStep::kAll ? nullptr : base + t.n * bytes.image;
+      t.window = base + bytes.shared + slot * bytes.window;
+      kernels.run(t);
+    });
+  };
+  if (c.parts == 1) return run(BlockStep::kAll);
+  run(BlockStep::kGate);
+  run(BlockStep::kProject);
 }
 
 }  // namespace mambaout_kernels::cpu

@@ -23,21 +23,36 @@ struct BlockPack {
   std::int64_t total;
 };
 
-// One task: a rectangle of one image.
+// One task: a rectangle of one image. Or, where its rows are too few to share out, a part of an image's channels: of
+// all rows, first the part of y, then, when every part of y is there, the part of the output.
+enum class BlockStep { kAll, kGate, kProject };
+
 struct BlockTask {
   const GatedCnnBlockCall* call;
   const BlockPack* at;
   std::int64_t n, h0, h1, w0, w1;
   std::int64_t chunk_rows;  // worked off at a time
-  void* window;             // block_window().total bytes
+  BlockStep step;
+  std::int64_t part, parts;  // 0 and 1 for kAll
+  void* y;                   // of the image, [H * W][step2], which the parts share; null for kAll
+  void* window;              // block_window().total bytes
 };
+
+// A part of `columns`, in whole panels.
+struct PanelRange {
+  std::int64_t begin, end;
+};
+inline PanelRange panel_range(const BlockTask& task, std::int64_t columns) {
+  const std::int64_t panels = columns / task.at->columns;
+  return {panels * task.part / task.parts * task.at->columns, panels * (task.part + 1) / task.parts * task.at->columns};
+}
 
 // What a task keeps at hand; offsets in bytes.
 struct BlockWindow {
   std::int64_t step1, step2;  // elements from pixel to pixel in `normed` and `y`
   std::int64_t ring_rows, padded_width;
   std::int64_t normed;  // [rows][columns of the rectangle and its halo][step1], as multiplied
-  std::int64_t ring;    // [conv / lanes][ring_rows][padded_width][lanes] fp32
+  std::int64_t ring;    // [conv / lanes of the task][ring_rows][padded_width][lanes] fp32
   std::int64_t y;       // [pixels of a chunk][step2], as multiplied
   std::int64_t s;       // [2][pixels of a chunk][lanes] fp32
   std::int64_t tiles;   // 2 x [kMaxTileRows][columns] fp32
@@ -53,8 +68,9 @@ struct BlockKernels {
   void (*run)(const BlockTask&);
 };
 
+// conv: the most conv channels of a task, in whole panels
 BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, const BlockKernels& kernels,
-                         std::int64_t width, std::int64_t chunk_rows);
+                         std::int64_t width, std::int64_t chunk_rows, std::int64_t conv);
 
 const BlockKernels* block_kernels_portable(DType multiplied, DType io);     // null but for fp32 products
 const BlockKernels* block_kernels_avx2(DType multiplied, DType io);         // null but for fp32 products
