@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
 
 // A hash of some of the values of each (address, bytes): told apart from what it was when all of them have changed, as
 // after an optimizer's step, whatever way they were written.
-constexpr std::uint64_t kFewestSamples = 64, kBytesPerSample = 8192;
+constexpr std::uint64_t kFewestSamples = 64, kBytesPerSample = 32768;
 std::uint64_t fingerprint(const std::vector<std::tuple<std::uintptr_t, std::uint64_t, std::int64_t>>& memory) {
   std::uint64_t hash = 14695981039346656037u;
   for (const auto& [address, bytes, version] : memory) {

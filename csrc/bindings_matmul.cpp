@@ -17,18 +17,22 @@ Tensor matrix(const Tensor& tensor, const char* name) {
 const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
 // out, as the call says but for where the result goes
-Tensor product(MatmulCall call, const Tensor& like) {
+Tensor product(MatmulCall call, const Tensor& like, bool of_rows = false) {
   Tensor out = torch::stable::new_empty(like, {call.M, call.N});
   advise_huge_pages(out);
   call.out = static_cast<float*>(out.mutable_data_ptr());
   const int num_threads = static_cast<int>(torch::stable::get_num_threads());
+  if (of_rows) {
+    cpu::matmul_of_rows(call, num_threads, parallel_for);
+    return out;
+  }
   const Workspace workspace(cpu::matmul_workspace_bytes(call, num_threads));
   cpu::matmul(call, num_threads, workspace.data(), parallel_for);
   return out;
 }
 
-// x (M, K), weight (N, K), bias (N) or empty: (M, N)
-Tensor linear(Tensor x, Tensor weight, Tensor bias) {
+// x (M, K), weight (N, K), bias (N) or empty: (M, N). used_once: weight is, or a few times at most.
+Tensor linear(Tensor x, Tensor weight, Tensor bias, bool used_once) {
   x = matrix(x, "x");
   weight = matrix(weight, "weight");
   STD_TORCH_CHECK(x.size(1) == weight.size(1), "x and weight must have as many columns: ", x.size(1), " and ",
@@ -50,7 +54,7 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias) {
     bias = dense(bias);
     call.bias = data(bias);
   }
-  return product(call, x);
+  return product(call, x, used_once);
 }
 
 // dx = dy weight: (M, K), of dy (M, N) and weight (N, K)
@@ -96,7 +100,7 @@ std::tuple<Tensor, Tensor> linear_dweight(Tensor dy, Tensor x) {
 }  // namespace mambaout_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels_native, m) {
-  m.def("linear_cpu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("linear_cpu(Tensor x, Tensor weight, Tensor bias, bool used_once) -> Tensor");
   m.def("linear_dx_cpu(Tensor dy, Tensor weight) -> Tensor");
   m.def("linear_dweight_cpu(Tensor dy, Tensor x) -> (Tensor, Tensor)");
 }

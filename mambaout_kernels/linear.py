@@ -14,7 +14,7 @@ from .backends import cpu
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias, bool used_once=False) -> Tensor", tags=_TAGS)
 _library.define("linear_dx(Tensor dy, Tensor weight) -> Tensor", tags=_TAGS)
 _library.define("linear_dweight(Tensor dy, Tensor x) -> (Tensor, Tensor)", tags=_TAGS)
 
@@ -57,9 +57,9 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, used_once: bool = False) -> Tensor:
     _check(x, weight, bias)
-    y = cpu.linear(_rows(x), weight, weight.new_empty(0) if bias is None else bias)
+    y = cpu.linear(_rows(x), weight, weight.new_empty(0) if bias is None else bias, used_once)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -73,7 +73,7 @@ def _linear_dweight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return cpu.linear_dweight(_rows(dy), _rows(x))
 
 
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, used_once: bool = False) -> Tensor:
     _check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -95,10 +95,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate_linear(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
     dx = linear_dx(dy, weight) if needs_x else None
     dweight, dbias = linear_dweight(dy, x) if needs_weight or needs_bias else (None, None)
-    return dx, dweight if needs_weight else None, dbias if needs_bias else None
+    return dx, dweight if needs_weight else None, dbias if needs_bias else None, None
 
 
 def _differentiate_dx(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,12 +137,13 @@ def _ours(*tensors: Tensor | None) -> bool:
     return backends.preferred("cpu") == "cpu" and cpu.instruction_set() != "portable"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, used_once: bool = False) -> Tensor:
     """x weight^T + bias, (..., in_features) to (..., out_features); weight (out_features, in_features).
 
-    Differentiable any number of times. Sums in float32, the same bits at every number of threads.
+    Differentiable any number of times. Sums in float32, the same bits at every number of threads and for every row,
+    whatever the others. used_once: x has few rows, so that reading weight takes longer than multiplying it.
     """
-    return _linear_op(x, weight, bias) if _ours(x, weight, bias) else F.linear(x, weight, bias)
+    return _linear_op(x, weight, bias, used_once) if _ours(x, weight, bias) else F.linear(x, weight, bias)
 
 
 def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
@@ -165,10 +166,13 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def call(fc: nn.Module, x: Tensor) -> Tensor:
-    """fc(x); by the compiled kernels for a plain nn.Linear without hooks, outside autocast and compilers."""
+def call(fc: nn.Module, x: Tensor, used_once: bool = False) -> Tensor:
+    """fc(x); by the compiled kernels for a plain nn.Linear without hooks, outside autocast and compilers.
+
+    used_once: as for `linear`.
+    """
     if type(fc) is not nn.Linear or hooked(fc):
         return fc(x)
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.shape[-1] != fc.in_features:
         return fc(x)
-    return linear(x, fc.weight, fc.bias)
+    return linear(x, fc.weight, fc.bias, used_once)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import linear
 from .block import LAYER_NORM, FusedGatedCNNBlock, activation_name, refuse_unknown
 from .downsample import applies, run
 from .features import Stages
@@ -136,11 +137,12 @@ class Head(nn.Module):
         self.head_dropout = nn.Dropout(drop_rate)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.act(self.fc1(x))
+        used_once = not torch.is_grad_enabled()
+        x = self.act(linear.call(self.fc1, x, used_once))
         if self.norm is not None:
             x = self.norm(x)
         x = self.head_dropout(x)
-        return x if pre_logits else self.fc2(x)
+        return x if pre_logits else linear.call(self.fc2, x, used_once)
 
 
 class MambaOut(Stages):

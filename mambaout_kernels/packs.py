@@ -1,7 +1,7 @@
 """Parameters in the order in which the CPU kernels read them, kept from call to call.
 
 They are packed at the first call, and again when they have changed: replaced, written in place (PyTorch counts that),
-or written where PyTorch does not count (through `.data` or NumPy), as far as samples of them, one for every 8 KiB and
+or written where PyTorch does not count (through `.data` or NumPy), as far as samples of them, one for every 32 KiB and
 64 of each parameter at least, show it.
 """
 
@@ -25,6 +25,7 @@ class Pack:
 
     def __init__(self) -> None:
         self.number = secrets.randbits(62)  # unique in any process that an exported program comes to
+        self.seen: Any = None  # what the module's own file remembers of it
         weakref.finalize(self, _packs.pop, self.number, None)
 
     def __deepcopy__(self, memo: Any) -> "Pack":

@@ -6,6 +6,7 @@ Rows of x go through all of it while they are in cache: the 2 * hidden channels 
 memory.
 """
 
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -88,15 +89,56 @@ def _scale_of(module: nn.Module) -> tuple[bool, Tensor | None]:
     return type(module).__name__ == "LayerScale" and isinstance(gamma, Tensor), gamma
 
 
-def applies(block: Any, x: Tensor) -> bool:
-    """Whether `run` computes what calling the block's modules one after the other would.
+_conv_settings = itemgetter("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
-    It does on the compiled CPU kernels, when no gradient is wanted, for plain modules without hooks, in float32 or
-    bfloat16, or with float32 parameters under bfloat16 autocast.
+
+def _settings(norm: nn.Module, conv: nn.Module, drop_path: nn.Module) -> tuple[Any, ...]:
+    """What else of the modules `_is_plain` looks at."""
+    of_norm, of_conv = vars(norm), vars(conv)
+    return (
+        of_norm["normalized_shape"],
+        of_norm.get("_fast_norm"),
+        _conv_settings(of_conv) if "kernel_size" in of_conv else None,
+        drop_path.training,
+    )
+
+
+class _Seen:
+    """A block that `_is_plain`, so that the next call need only look at whether it is still the same.
+
+    Looking at all of it takes as long as a hundredth of a block on one image.
     """
-    stored = stored_dtype(x)
-    if stored is None:
-        return False
+
+    def __init__(self, block: Any):
+        self.modules = tuple(block._modules.values())
+        self.types = [type(m) for m in self.modules]
+        self.hooks = [
+            hooks
+            for m in self.modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self.parts = block.norm, block.conv, block.drop_path
+        self.settings = _settings(*self.parts)
+        self.act = block.op_act
+        self.parameters = len(self.list_parameters())
+
+    def list_parameters(self) -> list[Tensor]:
+        return [p for m in self.modules for p in m._parameters.values() if p is not None]
+
+    def again(self, block: Any, stored: torch.dtype) -> bool:
+        modules = block._modules.values()
+        if len(modules) != len(self.modules) or not all(map(is_, modules, self.modules)) or any(self.hooks):
+            return False
+        if [type(m) for m in modules] != self.types or block.op_act != self.act:
+            return False
+        if _settings(*self.parts) != self.settings:
+            return False
+        parameters = self.list_parameters()
+        return len(parameters) == self.parameters and all(p.dtype is stored and p.is_cpu for p in parameters)
+
+
+def _is_plain(block: Any, stored: torch.dtype) -> bool:
+    """Whether all of the block's modules are such as `run` reads parameters of, without hooks, in the stored dtype."""
     norm, fc1, fc2 = block.norm, block.fc1, block.fc2
     if not is_layer_norm(norm) or type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
         return False
@@ -108,7 +150,26 @@ def applies(block: Any, x: Tensor) -> bool:
     if not known:
         return False
     parameters = (norm.weight, fc1.weight, fc2.weight, scale, getattr(block.conv, "weight", None))
-    return all(p is None or (p.dtype == stored and p.device == x.device) for p in parameters)
+    return all(p is None or (p.dtype == stored and p.is_cpu) for p in parameters)
+
+
+def applies(block: Any, x: Tensor) -> bool:
+    """Whether `run` computes what calling the block's modules one after the other would.
+
+    It does on the compiled CPU kernels, when no gradient is wanted, for plain modules without hooks, in float32 or
+    bfloat16, or with float32 parameters under bfloat16 autocast.
+    """
+    stored = stored_dtype(x)
+    if stored is None:
+        return False
+    if torch.compiler.is_compiling():
+        return _is_plain(block, stored)
+    seen = block.pack.seen
+    if seen is not None and seen.again(block, stored):
+        return True
+    plain = _is_plain(block, stored)
+    block.pack.seen = _Seen(block) if plain else None
+    return plain
 
 
 def run(block: Any, x: Tensor) -> Tensor:

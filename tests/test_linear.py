@@ -45,10 +45,11 @@ def tensors(rows, inputs, outputs, layout="dense"):
 
 
 def products(x, weight, bias, dy, of):
-    """(y, dx, dweight, dbias) by `of`: ours, or PyTorch's."""
+    """(y, y with used_once, dx, dweight, dbias) by `of`: ours, or PyTorch's."""
     if of == "ours":
-        return cpu.linear(x, weight, bias), cpu.linear_dx(dy, weight), *cpu.linear_dweight(dy, x)
-    return F.linear(x, weight, bias), dy @ weight, dy.t() @ x, dy.sum(dim=0)
+        y, of_rows = (cpu.linear(x, weight, bias, used_once) for used_once in (False, True))
+        return y, of_rows, cpu.linear_dx(dy, weight), *cpu.linear_dweight(dy, x)
+    return F.linear(x, weight, bias), F.linear(x, weight, bias), dy @ weight, dy.t() @ x, dy.sum(dim=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,14 +88,16 @@ def test_same_bits_at_every_number_of_threads_and_in_every_batch(isa, shape):
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     part = slice(7, 29)
-    assert torch.equal(cpu.linear(x[part], weight, bias), results[0][0][part])
-    assert torch.equal(cpu.linear_dx(dy[part], weight), results[0][1][part])
+    assert torch.equal(cpu.linear(x[part], weight, bias, False), results[0][0][part])
+    assert torch.equal(cpu.linear(x[part], weight, bias, True), results[0][1][part])
+    assert torch.equal(cpu.linear_dx(dy[part], weight), results[0][2][part])
 
 
-def test_nan_and_infinity_stay_where_they_belong(isa):
+@pytest.mark.parametrize("used_once", [False, True])
+def test_nan_and_infinity_stay_where_they_belong(isa, used_once):
     x, weight, bias, _ = tensors(20, 40, 50)
     x[3, 7], x[11, 0] = float("nan"), float("inf")
-    y = cpu.linear(x, weight, bias)
+    y = cpu.linear(x, weight, bias, used_once)
     assert y[3].isnan().all()
     assert (~y[11].isfinite()).all()
     others = [row for row in range(20) if row not in (3, 11)]
@@ -190,13 +193,13 @@ def test_wrong_dtype(position):
 def test_native_op_refuses_what_it_cannot_run():
     x = torch.randn(3, 5)
     with pytest.raises(RuntimeError, match="as many columns"):
-        cpu.linear(x, torch.randn(4, 6), torch.empty(0))
+        cpu.linear(x, torch.randn(4, 6), torch.empty(0), False)
     with pytest.raises(RuntimeError, match="bias must be float32"):
-        cpu.linear(x, torch.randn(4, 5), torch.randn(5))
+        cpu.linear(x, torch.randn(4, 5), torch.randn(5), False)
     with pytest.raises(RuntimeError, match="2 dimensions"):
-        cpu.linear(x[0], torch.randn(4, 5), torch.empty(0))
+        cpu.linear(x[0], torch.randn(4, 5), torch.empty(0), False)
     with pytest.raises(RuntimeError, match="x must be float32"):
-        cpu.linear(x.double(), torch.randn(4, 5), torch.empty(0))
+        cpu.linear(x.double(), torch.randn(4, 5), torch.empty(0), False)
     with pytest.raises(RuntimeError, match="as weight has rows"):
         cpu.linear_dx(x, torch.randn(4, 5))
     with pytest.raises(RuntimeError, match="as many rows"):

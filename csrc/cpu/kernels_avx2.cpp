@@ -24,6 +24,7 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "gemm_tile.h"
 #include "block_body.h"
 #include "downsample_body.h"
+#include "dots_body.h"
 #include "matmul_body.h"
 #include "peak_body.h"
 // clang-format on

@@ -27,6 +27,7 @@ struct GateOf<act, double> {
 #include "gemm_tile.h"
 #include "block_body.h"
 #include "downsample_body.h"
+#include "dots_body.h"
 #include "matmul_body.h"
 #include "peak_body.h"
 // clang-format on

@@ -1,4 +1,4 @@
-// One task of a matrix product of training. Needs gemm_tile.h before it.
+// One task of a matrix product of training. Needs gemm_tile.h and dots_body.h before it.
 //
 // For every kMatmulDepth terms: the task's rows of a are brought together in L2; then panel after panel of b in L1, and
 // each is multiplied by all of the rows, a tile of them at a time. What comes out is added to the output.
@@ -174,7 +174,7 @@ class Matmul {
 
 inline void run_matmul(const MatmulTask& task) { Matmul(task).run(); }
 
-constexpr MatmulKernels kMatmulKernels{Vec::kLanes, Fp32Products::kRows, run_matmul};
+constexpr MatmulKernels kMatmulKernels{Vec::kLanes, Fp32Products::kRows, run_matmul, run_dots};
 
 }  // namespace
 }  // namespace mambaout_kernels::cpu

@@ -12,4 +12,8 @@ std::int64_t matmul_workspace_bytes(const MatmulCall& call, int num_threads);
 // The same bits at every number of threads.
 void matmul(const MatmulCall& call, int num_threads, void* workspace, ParallelFor parallel_for);
 
+// The same for a_k and b_k of 1, and no row sums: for a matrix b that is used once, a few times at most. The sums are
+// in another order than matmul's.
+void matmul_of_rows(const MatmulCall& call, int num_threads, ParallelFor parallel_for);
+
 }  // namespace mambaout_kernels::cpu
