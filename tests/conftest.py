@@ -37,3 +37,12 @@ def pytest_terminal_summary(terminalreporter):
     if host is not None and host.CALLS:
         calls = ", ".join(f"{host.CALLS[check]} {check}" for check in host.CHECKS)
         terminalreporter.write_line(f"CUDA kernels called on the CPU, by check: {calls}")
+    generated, numerics = sys.modules.get("generated"), sys.modules.get("numerics")
+    if generated is not None and generated.RUN:
+        for test, count in generated.RUN.items():
+            terminalreporter.write_line(f"{count:6} {test}")
+        compared, few = numerics.COMPARED.values()
+        terminalreporter.write_line(
+            f"{generated.RUN.total()} generated cases ran to their end; {compared} tensors within their bounds, "
+            f"{few} of them with too few errors to compare these with eager's"
+        )
