@@ -1,4 +1,8 @@
+import os
 import sys
+
+# Before torch: where tests ask for more threads than there are cores, threads that wait busily take all of their time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
