@@ -5,8 +5,9 @@ where gamma(n) = n u / (1 - n u) and u is half the distance of neighbouring numb
 Numerical Algorithms, 3.1 and 4.2). From layer to layer, an error E of a factor a becomes E |b|, and a result that is
 stored is off by one rounding more. What is beyond such a bound is not the rounding of sums in fp32 (fp64 for fp64).
 
-The op may store act(g) and its results in its dtype; the block and the downsampling what PyTorch's modules store: norm,
-fc1, convolution, gate, y, fc2, scale, sum. Parameters are exact in the dtype that they are given in.
+The op may store act(g), and dy times it or its slope, and its results in its dtype; the block and the downsampling what
+PyTorch's modules store: norm, fc1, convolution, gate, y, fc2, scale, sum. Parameters are exact in the dtype that they
+are given in.
 """
 
 from dataclasses import dataclass
@@ -135,19 +136,19 @@ def _middle(u: Bounded, weight: Tensor, bias: Tensor, act: str) -> tuple[Bounded
     """g, c, s and act(g)."""
     D, C = u.value.shape[-1] // 2, weight.shape[0]
     g, i, c = _parts(u, (D, D - C, C))
-    return g, c, _joined(i, _convolved(c, weight, bias)), g.activated(act).stored()
+    return g, c, _joined(i, _convolved(c, weight, bias)), g.activated(act)
 
 
 def of_op(u: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of (y, du, dweight, dbias)."""
     D, C = dy.shape[-1], weight.shape[0]
     g, c, s, gate = _middle(Bounded.exactly(u, u.dtype), weight, bias, act)
-    y = s.times(gate).stored()
+    y = s.times(gate.stored()).stored()
     upstream = Bounded.exactly(dy, u.dtype)
-    dg = upstream.times(s).times(g.activated(act, slope=True)).stored()
-    di, e = _parts(upstream.times(gate), (D - C, C))
+    dg = upstream.times(g.activated(act, slope=True)).stored().times(s).stored()
+    di, e = _parts(upstream.times(gate).stored(), (D - C, C))
     dc = _convolved(e, weight.flip((2, 3)), None).stored()
-    du = torch.cat((dg.error, di.stored().error, dc.error), -1)
+    du = torch.cat((dg.error, di.error, dc.error), -1)
     pixels = dy.shape[:3].numel()
 
     def over_pixels(x: Tensor, of) -> Tensor:
@@ -175,7 +176,7 @@ def of_block(block, x: Tensor) -> Tensor:
     if isinstance(block.conv, nn.Conv2d):
         weight, bias = block.conv.weight.detach(), block.conv.bias.detach()
     _, _, s, gate = _middle(u, weight, bias, block.op_act)
-    y = _linear(s.stored().times(gate).stored(), block.fc2)
+    y = _linear(s.stored().times(gate.stored()).stored(), block.fc2)
     gamma_of_ls = getattr(block.ls, "gamma", None)
     if gamma_of_ls is not None:
         y = y.times(Bounded.exactly(gamma_of_ls.detach(), x.dtype)).stored()
