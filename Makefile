@@ -16,7 +16,7 @@ test: $(READY)
 	$(RUN) -m pytest tests
 	@if [ -d tests/triton_interpreter ]; then TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter; fi
 
-# Ten times as many generated cases as make test, and tensors beyond 2^31 elements (some 15 GiB of memory).
+# Ten times as many generated cases as make test, and tensors beyond 2^31 elements (some 14 GiB of memory).
 nightly: $(READY)
 	$(RUN) -m pytest tests --hypothesis-profile=nightly -m "generated or nightly"
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter --hypothesis-profile=nightly -m "generated or nightly"

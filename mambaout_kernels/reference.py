@@ -24,8 +24,9 @@ def _gelu_slope(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_slope(x: Tensor) -> Tensor:
-    t = torch.tanh(_TANH_SCALE * (x + _TANH_CUBIC * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBIC * x * x)
+    near = x.clamp(-10, 10)  # beyond, the tangent is 1 in every dtype, and powers of x overflow: in fp16 from 256 on
+    t = torch.tanh(_TANH_SCALE * (near + _TANH_CUBIC * near**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBIC * near * near)
 
 
 def _silu_slope(x: Tensor) -> Tensor:

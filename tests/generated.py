@@ -1,6 +1,8 @@
-"""Cases that hypothesis generates: of the op and of the whole block."""
+"""Cases that hypothesis generates: of the op, of the whole block and of the downsampling."""
 
 import copy
+import functools
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +21,25 @@ LOW = (torch.bfloat16, torch.float16)
 MOST_ELEMENTS = 60_000  # of y: a case takes milliseconds
 
 
-def number_of_cases(usual: int) -> settings:
+RUN: Counter[str] = Counter()  # cases that ran to their end, by test; conftest.py prints how many
+
+
+def number_of_cases(usual: int):
     """`usual` cases in `make test`, ten times as many in `make nightly` (the profiles of conftest.py)."""
-    return settings(max_examples=usual * settings().max_examples // 100)
+    bounded = settings(max_examples=max(1, usual * settings().max_examples // 100))
+
+    def decorate(test):
+        inner = test.hypothesis.inner_test
+
+        @functools.wraps(inner)
+        def counted(*args, **kwargs):
+            inner(*args, **kwargs)
+            RUN[inner.__qualname__.partition(".")[0]] += 1
+
+        test.hypothesis.inner_test = counted
+        return bounded(test)
+
+    return decorate
 
 
 def _with_gaps(x: Tensor) -> Tensor:
@@ -162,6 +180,73 @@ def block_cases(draw, isas=("",), launched=False):
         act=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
         layout=draw(st.sampled_from(tuple(LAYOUTS if launched else LAYOUTS | CHANNELS_APART))),
+        seed=draw(st.integers(0, 2**31)),
+        isa=draw(st.sampled_from(tuple(isas))),
+        threads=draw(st.integers(1, 5)),
+        at_begin=draw(st.booleans()),
+    )
+
+
+@dataclass(frozen=True)
+class DownsamplingCase:
+    shape: tuple[int, int, int, int]  # N, H, W, channels
+    out_channels: int
+    has_bias: bool
+    norm: str  # "none", "plain" or "affine"
+    act: str
+    dtype: torch.dtype
+    layout: str
+    seed: int
+    isa: str
+    threads: int
+    at_begin: bool
+
+    @property
+    def x(self) -> Tensor:
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
+        return (LAYOUTS | CHANNELS_APART)[self.layout](x)
+
+
+def downsampling_and_outputs(case: DownsamplingCase) -> tuple[nn.Conv2d, nn.LayerNorm | None, Tensor, Tensor]:
+    """The convolution and the norm; act(norm(conv(x))) by the modules in their dtype, and in fp64."""
+    conv = nn.Conv2d(case.shape[3], case.out_channels, 3, stride=2, padding=1, bias=case.has_bias)
+    norm = None
+    if case.norm != "none":
+        norm = nn.LayerNorm(case.out_channels, eps=1e-6, elementwise_affine=case.norm == "affine")
+    generator = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) / (3 * case.shape[3] ** 0.5))
+        for p in (conv.bias, *(() if norm is None else norm.parameters())):
+            if p is not None:
+                p.copy_(0.5 + 0.3 * torch.randn(p.shape, generator=generator))
+    modules = nn.ModuleList([conv] if norm is None else [conv, norm]).to(case.dtype)
+
+    def by_modules(dtype: torch.dtype) -> Tensor:
+        N, H, W, _ = case.shape
+        if N * H * W == 0:  # which conv2d refuses
+            return torch.empty(N, (H + 1) // 2, (W + 1) // 2, case.out_channels, dtype=dtype)
+        first, *rest = copy.deepcopy(modules).to(dtype)
+        with torch.no_grad():
+            y = first(case.x.to(dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            for each in rest:
+                y = each(y)
+            return _ACT_LAYERS[case.act]()(y)
+
+    return conv, norm, by_modules(case.dtype), by_modules(torch.float64)
+
+
+@st.composite
+def downsampling_cases(draw, isas=("",)):
+    """In whatever layout: this op takes channels apart from each other too, as an image's are."""
+    N, H, W, channels = _sizes(draw, 70)
+    return DownsamplingCase(
+        shape=(N, H, W, draw(st.just(channels) | st.just(min(3, channels)))),
+        out_channels=draw(st.integers(1, 70) | st.sampled_from((96, 128))),
+        has_bias=draw(st.booleans()),
+        norm=draw(st.sampled_from(("affine", "affine", "plain", "none"))),
+        act=draw(st.sampled_from(ACTIVATIONS)),
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
+        layout=draw(st.sampled_from(tuple(LAYOUTS | CHANNELS_APART))),
         seed=draw(st.integers(0, 2**31)),
         isa=draw(st.sampled_from(tuple(isas))),
         threads=draw(st.integers(1, 5)),

@@ -1,6 +1,7 @@
 """The same bits in every run, at every number of threads, and for an image whatever it comes with.
 
-The op's own on every shape of task are in test_cpu_kernels.py; these are of whole calls: op, whole block, model.
+The op's own on every shape of task are in test_cpu_kernels.py; these are of whole calls: op, whole block, stem,
+downsampling, model.
 """
 
 import functools
@@ -8,10 +9,13 @@ import functools
 import pytest
 import torch
 from numerics import OUTPUTS, Inputs, assert_no_worse, eager, exact, make_inputs
+from torch import nn
 
 import mambaout_kernels as mk
-from mambaout_kernels import whole_block
 from mambaout_kernels.backends import cpu
+from mambaout_kernels.benchmarking.inputs import enlivened
+from mambaout_kernels.block import LAYER_NORM
+from mambaout_kernels.models import Downsample, Stem
 
 if cpu.unavailable():
     pytest.skip(str(cpu.unavailable()), allow_module_level=True)
@@ -28,13 +32,60 @@ def op(inputs: Inputs):
     return (cpu.gated_dwconv(*inputs, "gelu"), *cpu.gated_dwconv_backward(inputs.dy, *inputs, "gelu"))
 
 
-def make_block(dtype, dim=48):
-    torch.manual_seed(1)
-    return mk.FusedGatedCNNBlock(dim, ls_init_value=0.5).to(dtype).eval()
+def image(*size):
+    return torch.randn(5, *size, generator=torch.Generator().manual_seed(2))
 
 
-def make_x(dtype, dim=48):
-    return torch.randn(5, 19, 23, dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+# What runs as one op for inference, and a model of them up to its head, whose linear layers are PyTorch's.
+PARTS = {
+    "block": (lambda: mk.FusedGatedCNNBlock(48, ls_init_value=0.5), image(19, 23, 48), {"gated_cnn_block": 1}),
+    "wide block": (lambda: mk.FusedGatedCNNBlock(20, kernel_size=3), image(4, 170, 20), {"gated_cnn_block": 1}),
+    "stem": (lambda: Stem(3, 40, True, LAYER_NORM, nn.GELU), image(3, 37, 50), {"downsample": 2}),
+    "stem without norm": (lambda: Stem(3, 40, False, LAYER_NORM, nn.SiLU), image(3, 37, 50), {"downsample": 2}),
+    "downsample": (lambda: Downsample(40, 72, False, LAYER_NORM), image(19, 23, 40), {"downsample": 1}),
+    "downsample, norm first": (lambda: Downsample(40, 72, True, LAYER_NORM), image(19, 23, 40), {"downsample": 1}),
+    "model": (
+        lambda: mk.create_model("test_mambaout", num_classes=5),
+        image(3, 70, 90),
+        {"gated_cnn_block": 6, "downsample": 5},
+    ),
+}
+PRECISIONS = ["float32", "bfloat16", "autocast"]
+
+
+@pytest.fixture(params=PARTS)
+def part(request, monkeypatch):
+    """A part by name, which has to run on the compiled ops: (module, x, calls so far by op, calls of one forward)."""
+    make, x, expected = PARTS[request.param]
+    calls = dict.fromkeys(expected, 0)
+
+    def counting(name, op):
+        def call(*arguments):
+            calls[name] += 1
+            return op(*arguments)
+
+        return call
+
+    for name in expected:
+        monkeypatch.setattr(cpu, name, counting(name, getattr(cpu, name)))
+    return enlivened(make()).eval(), x, calls, expected
+
+
+def runner(part, precision):
+    """(run, x): `run` computes on the compiled ops, and sees to it that it did."""
+    module, x, calls, expected = part
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    module, x = module.to(dtype), x.to(dtype)
+    forward = getattr(module, "forward_features", module)
+
+    def run(x):
+        before = dict(calls)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            y = forward(x)
+        assert {name: calls[name] - before[name] for name in calls} == expected
+        return y
+
+    return run, x
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
@@ -48,32 +99,35 @@ def test_op_at_every_number_of_threads_and_in_every_run(isa, dtype):
             assert torch.equal(bits(now), bits(then)), f"{name} with {threads} threads"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_block_at_every_number_of_threads_and_in_every_run(isa, dtype):
-    block, x = make_block(dtype), make_x(dtype)
-    with torch.no_grad():
-        assert whole_block.applies(block, x)
-        torch.set_num_threads(1)
-        first = block(x)
-        for threads in (*THREADS, 1):
-            torch.set_num_threads(threads)
-            assert torch.equal(bits(block(x)), bits(first)), f"with {threads} threads"
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_part_at_every_number_of_threads_and_in_every_run(isa, part, precision):
+    run, x = runner(part, precision)
+    torch.set_num_threads(1)
+    first = run(x)
+    for threads in (*THREADS, 1):
+        torch.set_num_threads(threads)
+        assert torch.equal(bits(run(x)), bits(first)), f"with {threads} threads"
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_image_3_of_a_batch_is_image_3_alone(isa, dtype, threads):
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
+def test_op_on_image_3_of_a_batch_is_image_3_alone(isa, dtype, threads):
     torch.set_num_threads(threads)
     inputs = make_inputs(5, 19, 23, 72, 48, 7, dtype)
     y, du, *_ = op(inputs)
     alone = op(Inputs(inputs.u[3:4], inputs.weight, inputs.bias, inputs.dy[3:4]))
     assert torch.equal(bits(y[3:4]), bits(alone[0]))
     assert torch.equal(bits(du[3:4]), bits(alone[1]))
-    block, x = make_block(dtype), make_x(dtype)
-    with torch.no_grad():
-        assert torch.equal(bits(block(x)[3:4]), bits(block(x[3:4])))
-        halves = torch.cat((block(x[:2]), block(x[2:])))
-        assert torch.equal(bits(halves), bits(block(x)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_part_on_image_3_of_a_batch_is_image_3_alone(isa, part, precision, threads):
+    torch.set_num_threads(threads)
+    run, x = runner(part, precision)
+    together = run(x)
+    assert torch.equal(bits(together[3:4]), bits(run(x[3:4])))
+    assert torch.equal(bits(torch.cat((run(x[:2]), run(x[2:])))), bits(together))
 
 
 @functools.cache

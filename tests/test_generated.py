@@ -1,18 +1,28 @@
 """Cases from hypothesis, 200 and more in `make test`, ten times as many in `make nightly`.
 
-Here the op on every backend that runs here, its gradients through autograd, and the whole block. The launch interface's
-are in test_cpu_launch.py, Triton's under the interpreter in triton_interpreter/test_triton_generated.py.
+Here the op on every backend that runs here, its gradients through autograd, the whole block and the downsampling. The
+launch interface's are in test_cpu_launch.py, Triton's under the interpreter in
+triton_interpreter/test_triton_generated.py.
 """
 
+import error_bounds
 import pytest
 import torch
 from cuda_host import host
-from generated import LOW, block_and_outputs, block_cases, number_of_cases, op_cases
+from generated import (
+    LOW,
+    block_and_outputs,
+    block_cases,
+    downsampling_and_outputs,
+    downsampling_cases,
+    number_of_cases,
+    op_cases,
+)
 from hypothesis import assume, given
 from numerics import assert_no_worse_in_any_case, check_backend, check_outputs, eager
 
 import mambaout_kernels as mk
-from mambaout_kernels import backends, whole_block
+from mambaout_kernels import backends, downsample, packs, whole_block
 from mambaout_kernels.backends import cpu
 
 pytestmark = pytest.mark.generated
@@ -42,7 +52,7 @@ class on_cpu:
 def test_cpu(case):
     inputs = case.inputs
     with on_cpu(case):
-        check_backend("cpu", inputs, case.act, policy=assert_no_worse_in_any_case)
+        check_backend("cpu", inputs, case.act, any_case=True)
 
 
 @number_of_cases(40)
@@ -72,7 +82,7 @@ def test_public_op_and_autograd(case):
         y = mk.gated_dwconv(*leaves, case.act)
         gradients = torch.autograd.grad(y, leaves, inputs.dy)
     gradients = [g.contiguous() for g in gradients]
-    check_outputs("op", (y.detach(), *gradients), inputs, case.act, policy=assert_no_worse_in_any_case)
+    check_outputs("op", (y.detach(), *gradients), inputs, case.act, any_case=True)
     for now, then in zip((*inputs, inputs.dy), before, strict=True):
         assert torch.equal(now, then)
 
@@ -89,7 +99,7 @@ def test_whole_block(case):
         again = block(x.contiguous())
     assert ours.is_contiguous()
     assert torch.equal(ours, again)
-    assert_no_worse_in_any_case(ours, theirs, truth)
+    assert_no_worse_in_any_case(ours, theirs, truth, error_bounds.of_block(block, case.x))
 
 
 @needs_module
@@ -101,8 +111,23 @@ def test_trained_block(case):
     x = case.x.requires_grad_() if case.x.is_leaf else case.x.detach().requires_grad_()
     with on_cpu(case):
         y = block(x)
-    assert_no_worse_in_any_case(y.detach(), theirs, truth)
+    assert_no_worse_in_any_case(y.detach(), theirs, truth, error_bounds.of_block(block, case.x))
     assert y.grad_fn is not None
+
+
+@needs_module
+@number_of_cases(40)
+@given(downsampling_cases(ISAS))
+def test_downsampling(case):
+    """As a model calls it, without gradients: the stem's and those between the stages."""
+    conv, norm, theirs, truth = downsampling_and_outputs(case)
+    x = case.x
+    with on_cpu(case), torch.no_grad():
+        assert downsample.applies(conv, norm, None, case.act, x)
+        ours = downsample.run(conv, norm, case.act, x, packs.Pack())
+    assert ours.is_contiguous()
+    bound = error_bounds.of_downsampling(conv, norm, case.act, x)
+    assert_no_worse_in_any_case(ours, theirs, truth, bound)
 
 
 @pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
@@ -112,4 +137,4 @@ def test_cuda_on_the_host(case):
     inputs = case.inputs
     assume(0 < inputs.dy.numel() <= 6000)  # empty calls end in the binding
     found = host.run(host.build(), inputs, case.act)
-    check_outputs("cuda", found, inputs, case.act, policy=assert_no_worse_in_any_case)
+    check_outputs("cuda", found, inputs, case.act, any_case=True)

@@ -33,6 +33,19 @@ def test_slope_is_the_derivative(act):
     torch.testing.assert_close(reference.activation_slope(x, act), slope, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_slope_of_large_values(act, dtype):
+    """Finite wherever the value is, whose powers are not."""
+    x = torch.tensor([30.0, 41.0, 300.0, torch.finfo(dtype).max], dtype=dtype)
+    x = torch.cat((x, -x)).requires_grad_()
+    slope = reference.activation_slope(x, act)
+    expected = torch.ones(8) if act == "identity" else torch.tensor([1.0] * 4 + [0.0] * 4)
+    torch.testing.assert_close(slope.float(), expected, rtol=0, atol=1e-8)
+    if act != "identity":
+        assert torch.autograd.grad(slope.sum(), x)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_fp32_parameters_are_fp32(dtype):
     inputs = make_inputs(1, 4, 5, 6, 3, 3, dtype, torch.float32)

@@ -175,16 +175,24 @@ class Program:
         return self._call(header, tensors, [(x.shape, x.dtype)])[0]
 
     def downsample(
-        self, x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.LayerNorm | None, low_precision: bool, where: Where
+        self,
+        x: Tensor,
+        conv: torch.nn.Conv2d,
+        norm: torch.nn.LayerNorm | None,
+        act: str,
+        low_precision: bool,
+        where: Where,
     ) -> Tensor:
-        """norm(conv(x)), (N, H, W, channels) to (N, ceil(H / 2), ceil(W / 2), out_channels); parameters in float32."""
+        """act(norm(conv(x))), (N, H, W, channels) to (N, ceil(H / 2), ceil(W / 2), out_channels)."""
         N, H, W, _ = x.shape
         header = struct.pack(
             "16qd6q", 3, ISAS[where.isa], where.threads, where.at_begin, N, H, W, conv.out_channels, norm is not None,
-            3, ACTIVATIONS.index("identity"), DTYPES[x.dtype], DTYPES[x.dtype], 0, conv.in_channels, int(low_precision),
+            3, ACTIVATIONS.index(act), DTYPES[x.dtype], DTYPES[x.dtype], 0, conv.in_channels, int(low_precision),
             0.0 if norm is None else norm.eps, *x.stride(), 0, 0,
         )  # fmt: skip
         parameters = (conv.weight, conv.bias, *((None, None) if norm is None else (norm.weight, norm.bias)))
-        tensors = _bytes(x) + b"".join(_bytes(None if p is None else p.detach().contiguous()) for p in parameters)
+        tensors = _bytes(x) + b"".join(
+            _bytes(None if p is None else p.detach().float().contiguous()) for p in parameters
+        )
         shape = (N, (H + 1) // 2, (W + 1) // 2, conv.out_channels)
         return self._call(header, tensors, [(shape, x.dtype)])[0]

@@ -46,19 +46,20 @@ constexpr int kCanary = 0xa5, kUnwritten = 0xff;  // the latter is NaN in every 
 
 class Memory {
  public:
-  Memory(std::int64_t bytes, bool at_begin, std::int64_t alignment = 1) : bytes_(bytes) {
+  // offset: bytes that it lies away from where it would be well aligned.
+  Memory(std::int64_t bytes, bool at_begin, std::int64_t alignment = 1, std::int64_t offset = 0) : bytes_(bytes) {
     if (kHeap) {
-      if (posix_memalign(&base_, alignment < 16 ? 16 : alignment, bytes) != 0) fail("out of memory");
-      data_ = static_cast<char*>(base_);
+      if (posix_memalign(&base_, alignment < 16 ? 16 : alignment, bytes + offset) != 0) fail("out of memory");
+      data_ = static_cast<char*>(base_) + offset;
     } else {
       const std::int64_t page = sysconf(_SC_PAGESIZE);
-      inner_ = (bytes + page - 1) / page * page;
+      inner_ = (bytes + offset + page - 1) / page * page;
       base_ = mmap(nullptr, inner_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (base_ == MAP_FAILED) fail("out of memory");
       pages_ = static_cast<char*>(base_) + page;
       if (inner_ > 0 && mprotect(pages_, inner_, PROT_READ | PROT_WRITE) != 0) fail("mprotect");
       std::memset(pages_, kCanary, inner_);
-      data_ = at_begin ? pages_ : pages_ + inner_ - bytes;
+      data_ = at_begin ? pages_ + offset : pages_ + inner_ - offset - bytes;
     }
     if (bytes > 0) std::memset(data_, kUnwritten, bytes);
   }
@@ -86,6 +87,11 @@ class Memory {
   std::int64_t bytes_, inner_ = 0;
   void* base_ = nullptr;
   char *pages_ = nullptr, *data_ = nullptr;
+};
+
+// Scratch memory, which may have any alignment: a worse one than an allocator would give.
+struct Scratch : Memory {
+  Scratch(std::int64_t bytes, bool at_begin) : Memory(bytes, at_begin, 64, 8) {}
 };
 
 // A tensor of the call: its size in bytes, then its bytes. What was read must be the same when the call is over.
@@ -151,7 +157,7 @@ void run_op(const Call& call) {
   const Input u(at_begin), weight(at_begin), bias(at_begin);
   if (!backward) {
     const Memory y(pixels * call.D * element, at_begin);
-    const Memory workspace(cpu::forward_workspace_bytes(shape, threads), at_begin);
+    const Scratch workspace(cpu::forward_workspace_bytes(shape, threads), at_begin);
     cpu::forward({shape, view(u, call.strides[0]), weight.data(), bias.data(), y.data()}, threads, workspace.data(),
                  on_threads);
     finish({&u, &weight, &bias}, {&y, &workspace});
@@ -162,7 +168,7 @@ void run_op(const Call& call) {
   const Memory du(pixels * 2 * call.D * element, at_begin);
   const Memory dweight(call.C * call.K * call.K * bytes_of(call.weight_dtype), at_begin);
   const Memory dbias(call.C * bytes_of(call.bias_dtype), at_begin);
-  const Memory workspace(cpu::backward_workspace_bytes(shape, threads), at_begin);
+  const Scratch workspace(cpu::backward_workspace_bytes(shape, threads), at_begin);
   cpu::backward({shape, view(dy, call.strides[1]), view(u, call.strides[0]), weight.data(), bias.data(), du.data(),
                  dweight.data(), dbias.data()},
                 threads, workspace.data(), on_threads);
@@ -197,7 +203,7 @@ void run_block(const Call& call) {
   block.packed = packed.data();
   const Memory out(call.N * call.H * call.W * call.dim * bytes_of(call.dtype), at_begin);
   block.out = out.data();
-  const Memory workspace(cpu::block_workspace_bytes(block, threads), at_begin);
+  const Scratch workspace(cpu::block_workspace_bytes(block, threads), at_begin);
   cpu::block_forward(block, threads, workspace.data(), on_threads);
   finish(
       {&x, &norm_weight, &norm_bias, &fc1_weight, &fc1_bias, &conv_weight, &conv_bias, &fc2_weight, &fc2_bias, &scale},
@@ -231,7 +237,7 @@ void run_downsample(const Call& call) {
   const Memory out(call.N * downsample.out_height() * downsample.out_width() * call.D * bytes_of(call.weight_dtype),
                    at_begin);
   downsample.out = out.data();
-  const Memory workspace(cpu::downsample_workspace_bytes(downsample, threads), at_begin);
+  const Scratch workspace(cpu::downsample_workspace_bytes(downsample, threads), at_begin);
   cpu::downsample_forward(downsample, threads, workspace.data(), on_threads);
   finish({&x, &weight, &bias, &norm_weight, &norm_bias}, {&packed, &out, &workspace});
   out.write();

@@ -4,7 +4,7 @@ import pytest
 import torch
 from generated import LOW, number_of_cases, op_cases
 from hypothesis import assume, given
-from numerics import assert_no_worse_in_any_case, check_backend
+from numerics import check_backend
 
 
 @pytest.mark.generated
@@ -13,4 +13,4 @@ from numerics import assert_no_worse_in_any_case, check_backend
 def test_triton(case):
     inputs = case.inputs
     assume(inputs.dy.numel() <= 2000)
-    check_backend("triton", inputs, case.act, policy=assert_no_worse_in_any_case)
+    check_backend("triton", inputs, case.act, any_case=True)
