@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,9 +99,11 @@ def collect() -> dict[str, Any]:
 
 def _to_compile() -> str:
     """What to install and run, of which only what is not here is named."""
-    missing = [f"pip install {name}" for name in ("cmake", "ninja") if not shutil.which(name) and not _version(name)]
-    missing += ["pip install pybind11"] if _version("pybind11") is None else []
-    if not any(map(shutil.which, _COMPILERS)):
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])  # as setup.py looks
+    missing = [f"pip install {name}" for name in ("cmake", "ninja") if shutil.which(name, path=path) is None]
+    if _version("pybind11") is None:
+        missing.append("pip install pybind11")
+    if not any(shutil.which(name, path=path) for name in _COMPILERS):
         missing.insert(0, "a C++20 compiler (GCC >= 11 or Clang >= 14; none is on the PATH)")
     return "; ".join([*missing, "from the sources, pip install -v --no-build-isolation ."])
 
