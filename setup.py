@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -29,20 +31,27 @@ NO_CUDA = "CPU tensors run on the compiled kernels; CUDA tensors on Triton, or e
 class CMakeBuild(build_ext):
     """Builds the compiled modules into the package: the source tree with --inplace, else the wheel."""
 
+    is_pure = False  # until it turns out that nothing can be compiled
+
     def run(self) -> None:
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         self.destination = package / "mambaout_kernels"
         self.build = Path(self.build_temp).resolve()
         if self.editable_mode:  # setuptools would throw the tree away, and compile all of it again next time
             self.build = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
-        if self._attempt("CPU", NO_CPU, "_C*", self._configure, self._build_cpu):
+        self.is_pure = not self._attempt("CPU", NO_CPU, "_C*", self._configure, self._build_cpu)
+        if not self.is_pure:
             self._attempt("CUDA", NO_CUDA, "_C_cuda*", self._build_all)
 
     def _attempt(self, kernels: str, consequence: str, modules: str, *steps) -> bool:
         try:
             for step in steps:
                 step()
-        except (OSError, ImportError) as error:
+        except FileNotFoundError as error:
+            reason = f"{error.filename} is not installed"
+        except ImportError as error:
+            reason = f"{error.name or error} is not installed"
+        except OSError as error:
             reason = str(error)
         except subprocess.CalledProcessError as error:
             reason = f"`{error.cmd[0]} {error.cmd[1]} ...` failed: its output is above (under pip, with pip install -v)"
@@ -90,4 +99,22 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("mambaout_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """Built away from the tree: nothing stays in it, and nothing of an earlier build gets into the wheel."""
+
+    def run(self) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            self.reinitialize_command("build", reinit_subcommands=True).build_base = scratch
+            self.reinitialize_command("egg_info").egg_base = scratch
+            self.bdist_dir = os.path.join(scratch, "wheel")
+            super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Without compiled modules py3-none-any: it must not pass for a wheel that has them."""
+        return ("py3", "none", "any") if self.get_finalized_command("build_ext").is_pure else super().get_tag()
+
+
+setup(
+    ext_modules=[Extension("mambaout_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

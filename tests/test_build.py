@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_build_info():
     assert "fast-math" not in info["flags"]
     assert "-march" not in info["flags"]
     assert re.match(r"\d+\.\d+", info["torch_built_with"])
+
+
+def test_cibuildwheel_installs_what_a_build_needs():
+    """A shell reads it: torch>=2.10 without quotes would be torch, and its output written to a file called =2.10."""
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    words = list(shlex.shlex(settings["tool"]["cibuildwheel"]["before-build"], posix=True, punctuation_chars=True))
+    assert words[:2] == ["pip", "install"]
+    project = settings["project"]
+    assert sorted(words[2:]) == sorted(project["dependencies"] + project["optional-dependencies"]["build"])
 
 
 USE_AS_INSTALLED = """

@@ -1,19 +1,15 @@
 """A source distribution, a wheel from it, and what of it runs without the source tree. Minutes: `make nightly`."""
 
-import os
-import subprocess
 import sys
 import sysconfig
 import tarfile
-import venv
 import zipfile
-from pathlib import Path
 
 import pytest
+from installing import ROOT, copy_sources, create_environment, install, run
 
 from mambaout_kernels.backends import cpu
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="takes the files that git has"),
@@ -21,25 +17,10 @@ pytestmark = [
 ]
 
 
-def run(*command, cwd, **environment):
-    """Without nvcc: this is about the package, and the CUDA kernels take minutes more."""
-    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists())
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**os.environ, "PATH": path, **environment},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """The files that git has, as they are now."""
     copy = tmp_path_factory.mktemp("tree")
-    for name in run("git", "ls-files", cwd=ROOT).splitlines():
-        target = copy / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
+    copy_sources(copy)
     return copy
 
 
@@ -75,11 +56,8 @@ def test_wheel_has_the_module_and_nothing_else(wheel):
 
 def test_installed_wheel_checks_itself_without_the_sources(wheel, tmp_path):
     """In an environment of its own, which sees this one's torch but not this one's package."""
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", packages, wheel, cwd=tmp_path)
-    (packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
+    python, packages = create_environment(tmp_path / "env")
+    install(wheel, packages)
     command = [python, "-m", "mambaout_kernels", "check", "--variant", "test_mambaout", "--dtype", "fp32,bf16"]
     out = run(*command, cwd=tmp_path, PYTHONPATH="")
     assert "cpu (portable)" in out

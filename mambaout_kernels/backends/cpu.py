@@ -12,7 +12,8 @@ _ACT_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 module: ModuleType | None
 try:
-    from .. import _C
+    # Relative, its absence would read as "a circular import".
+    import mambaout_kernels._C as _C
 
     module, _reason = _C, None
     _forward = torch.ops.mambaout_kernels_native.gated_dwconv_cpu.default

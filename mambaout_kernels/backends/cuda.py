@@ -67,7 +67,7 @@ def _runs_on(device_index: int) -> bool:
 
 @functools.cache
 def _ops() -> tuple[Any, Any]:
-    from .. import _C_cuda  # noqa: F401  (registers them)
+    import mambaout_kernels._C_cuda  # noqa: F401  (registers them; relative, its absence would read as a circular import)
 
     native = torch.ops.mambaout_kernels_native
     return native.gated_dwconv_cuda.default, native.gated_dwconv_backward_cuda.default

@@ -16,6 +16,7 @@ from .. import backends, reference
 from ..benchmarking import accuracy, shapes
 from ..benchmarking.accuracy import Comparison
 from ..benchmarking.report import finite
+from ..benchmarking.shapes import Shape
 from ..benchmarking.workloads import DTYPES
 from . import special_values
 from .terminal import UsageError, comma_list, one_of, progress, show_table
@@ -127,11 +128,14 @@ def find_cases(variant: str, dtypes: Sequence[str], full: bool) -> Iterator[Case
             yield Case(s.label, 1, s.height, s.width, s.hidden, s.conv_channels, s.kernel_size, act, dtype)
     if not full:
         return
+    # Variants that differ in depth alone have the same stages.
+    stages: dict[Shape, Shape] = {}
+    for s in (s for other in shapes.variants() for s in shapes.stages(other)):
+        stages.setdefault(replace(s, variant="", stage=0), s)
     for dtype in dtypes:
-        for other in shapes.variants():
-            for s in shapes.stages(other):
-                yield Case(f"{other} {s.label}", 2, s.height, s.width, s.hidden, s.conv_channels, s.kernel_size,
-                           s.act, dtype)  # fmt: skip
+        for s in stages.values():
+            yield Case(f"{s.variant} {s.label}", 2, s.height, s.width, s.hidden, s.conv_channels, s.kernel_size,
+                       s.act, dtype)  # fmt: skip
         small = Case("", 2, 11, 13, 40, 24, 7, "gelu", dtype)
         for K in (1, 3, 5, 9, 11, 31):
             yield replace(small, label=f"{K}x{K} filter", K=K)

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from .. import __version__, backends
 from ..benchmarking import machine
 
+_COMPILERS = ("c++", "g++", "clang++")
 # optional package -> the extra that brings it, and what for
 _OPTIONAL = {
     "rich": ("cli", "tables and progress bars"),
@@ -59,6 +62,7 @@ def collect() -> dict[str, Any]:
     """What `info --json` prints."""
     status = backends.status()
     compiled = status["cpu"] is None
+    to_compile = {} if compiled else {"the compiled kernels": _to_compile()}
     packages = {name: _version(name) for name in ("triton", *_OPTIONAL)}
     return {
         "versions": {
@@ -84,12 +88,24 @@ def collect() -> dict[str, Any]:
         },
         "build": _native().build_info() if compiled else None,
         "forced backend": backends.forced(),
-        "to get": {
+        "to get": to_compile
+        | {
             name: f"pip install mambaout-kernels[{extra}], for {purpose}"
             for name, (extra, purpose) in _OPTIONAL.items()
             if packages[name] is None
         },
     }
+
+
+def _to_compile() -> str:
+    """What to install and run, of which only what is not here is named."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])  # as setup.py looks
+    missing = [f"pip install {name}" for name in ("cmake", "ninja") if shutil.which(name, path=path) is None]
+    if _version("pybind11") is None:
+        missing.append("pip install pybind11")
+    if not any(shutil.which(name, path=path) for name in _COMPILERS):
+        missing.insert(0, "a C++20 compiler (GCC >= 11 or Clang >= 14; none is on the PATH)")
+    return "; ".join([*missing, "from the sources, pip install -v --no-build-isolation ."])
 
 
 def _native() -> Any:
