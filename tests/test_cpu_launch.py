@@ -192,6 +192,45 @@ def test_downsampling(kind, shape, isa):
         assert_no_worse(ours, by_modules(x, dtype), by_modules(x, torch.float64))
 
 
+# M, N, K: tails of tiles, panels and depths; one of each; no terms, no columns, no rows
+PRODUCTS = {
+    "tails": (37, 45, 261),
+    "between stages": (29, 96, 130),
+    "several tasks": (700, 70, 20),
+    "one pixel": (1, 1, 1),
+    "one row": (1, 67, 90),
+    "no terms": (5, 40, 0),
+    "no columns": (5, 0, 40),
+    "no pixel": (0, 5, 40),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("kind", "shape"), cases(PRODUCTS))
+def test_products(kind, shape, isa):
+    """Of training's linear layers, with either factor turned, or part of a wider matrix; and of rows."""
+    M, N, K = PRODUCTS[shape]
+    torch.manual_seed(7)
+    bias = torch.randn(N)
+    layouts = ((lambda t: t), (lambda t: torch.cat((t, t), dim=1)[:, : t.shape[1]]))
+    for i, (layout, a_turned, b_turned) in enumerate((y, a, b) for y in layouts for a in (0, 1) for b in (0, 1)):
+        a = layout(torch.randn(K, M)).t() if a_turned else layout(torch.randn(M, K))
+        b = layout(torch.randn(N, K)).t() if b_turned else layout(torch.randn(K, N))
+        where = Where(isa, threads=1 + i % 3, at_begin=i % 2 == 1)
+        sums = a_turned == 1
+        eager = torch.addmm(bias, a, b), a.sum(dim=1) if sums else a.new_empty(0)
+        truth = torch.addmm(bias.double(), a.double(), b.double()), a.double().sum(dim=1) if sums else a.new_empty(0)
+        size = torch.addmm(bias.double().abs(), a.double().abs(), b.double().abs()), a.abs().sum(dim=1)
+        bounds = [error_bounds.gamma(K + 2, 2.0**-24) * s for s in size]
+        found = program(kind).product(a, b, bias, sums, False, where)
+        assert_no_worse_in_any_case(found[0], eager[0], truth[0], bounds[0])
+        if sums:
+            assert_no_worse_in_any_case(found[1], eager[1], truth[1], bounds[1])
+        if b_turned and not a_turned:
+            of_rows = program(kind).product(a, b, bias, False, True, where)[0]
+            assert_no_worse_in_any_case(of_rows, eager[0], truth[0], bounds[0])
+
+
 CASES = {"plain": 40, "memory": 12, "races": 12}
 
 

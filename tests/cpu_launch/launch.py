@@ -196,3 +196,15 @@ class Program:
         )
         shape = (N, (H + 1) // 2, (W + 1) // 2, conv.out_channels)
         return self._call(header, tensors, [(shape, x.dtype)])[0]
+
+    def product(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, row_sums: bool, of_rows: bool, where: Where
+    ) -> list[Tensor]:
+        """a (M, K) times b (K, N), plus bias; and the sums of a's rows."""
+        M, K, N = *a.shape, b.shape[1]
+        header = struct.pack(
+            "16qd6q", 5 if of_rows else 4, ISAS[where.isa], where.threads, where.at_begin, M, N, K, 0, 2 * row_sums,
+            *[0] * 7, 0.0, *a.stride(), 0, *b.stride(), 0,
+        )  # fmt: skip
+        tensors = _bytes(a) + _bytes(b) + _bytes(bias)
+        return self._call(header, tensors, [((M, N), a.dtype), ((M if row_sums else 0,), a.dtype)])

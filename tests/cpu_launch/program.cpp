@@ -16,6 +16,7 @@
 #include "../../csrc/cpu/downsample_cpu.h"
 #include "../../csrc/cpu/gated_cnn_block_cpu.h"
 #include "../../csrc/cpu/gated_dwconv_cpu.h"
+#include "../../csrc/cpu/matmul_cpu.h"
 
 namespace {
 
@@ -23,12 +24,12 @@ using namespace mambaout_kernels;
 
 // As launch.py packs it.
 struct Call {
-  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: downsampling
+  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: downsampling, 4: matrix product, 5: of rows
   std::int64_t isa, threads, at_begin;
   std::int64_t N, H, W, D, C, K, act, dtype, weight_dtype, bias_dtype;
   std::int64_t dim, multiplied;  // of the block; of the downsampling dim to D channels, normed if C is 1
-  double eps;
-  std::int64_t strides[2][3];  // of u, or x; and of dy, or x's from channel to channel
+  double eps;                    // of a product M, N, K are N, H, W; row sums if C is 2
+  std::int64_t strides[2][3];    // of u, or x; and of dy, or x's from channel to channel
 };
 
 [[noreturn]] void fail(const char* what) {
@@ -243,13 +244,48 @@ void run_downsample(const Call& call) {
   out.write();
 }
 
+void run_matmul(const Call& call) {
+  const bool at_begin = call.at_begin != 0;
+  const int threads = static_cast<int>(call.threads);
+  const Input a(at_begin), b(at_begin), bias(at_begin);
+  const Memory out(call.N * call.H * 4, at_begin), row_sums((call.C & 2) != 0 ? call.N * 4 : 0, at_begin);
+  MatmulCall matmul{};
+  matmul.M = call.N;
+  matmul.N = call.H;
+  matmul.K = call.W;
+  matmul.a = reinterpret_cast<const float*>(a.data());
+  matmul.a_m = call.strides[0][0];
+  matmul.a_k = call.strides[0][1];
+  matmul.b = reinterpret_cast<const float*>(b.data());
+  matmul.b_k = call.strides[1][0];
+  matmul.b_n = call.strides[1][1];
+  matmul.bias = bias.floats();
+  matmul.out = reinterpret_cast<float*>(out.data());
+  matmul.row_sums = (call.C & 2) != 0 ? reinterpret_cast<float*>(row_sums.data()) : nullptr;
+  const Scratch workspace(call.kind == 5 ? 0 : cpu::matmul_workspace_bytes(matmul, threads), at_begin);
+  if (call.kind == 5) {
+    cpu::matmul_of_rows(matmul, threads, on_threads);
+  } else {
+    cpu::matmul(matmul, threads, workspace.data(), on_threads);
+  }
+  finish({&a, &b, &bias}, {&out, &row_sums, &workspace});
+  out.write();
+  row_sums.write();
+}
+
 }  // namespace
 
 int main() {
   Call call;
   while (std::fread(&call, sizeof(call), 1, stdin) == 1) {
     if (!cpu::set_isa(static_cast<cpu::Isa>(call.isa))) fail("this processor lacks the instruction set");
-    call.kind == 3 ? run_downsample(call) : call.kind == 2 ? run_block(call) : run_op(call);
+    switch (call.kind) {
+      case 2: run_block(call); break;
+      case 3: run_downsample(call); break;
+      case 4:
+      case 5: run_matmul(call); break;
+      default: run_op(call);
+    }
     std::fwrite("finished", 1, 8, stdout);
     std::fflush(stdout);
   }
