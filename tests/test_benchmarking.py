@@ -108,6 +108,11 @@ def test_shapes_are_the_models(name):
             assert VARIANTS[name].act_layer == shape.act
 
 
+def test_the_variants_to_measure_are_of_the_family():
+    assert set(shapes.variants()) <= set(VARIANTS)
+    assert {"mambaout_femto", "mambaout_tiny", "mambaout_small", "mambaout_base"} <= set(shapes.variants())
+
+
 def test_unknown_shapes_are_refused():
     with pytest.raises(ValueError, match="variant must be one of mambaout_tiny"):
         shapes.stages("resnet50")

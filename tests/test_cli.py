@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -293,6 +294,11 @@ def test_check_full_reports_stages_and_special_values(capsys, monkeypatch):
     assert {(v["kind"], v["place"], v["act"]) for v in content["special_values"]} == set(
         itertools.product(special_values.KINDS, special_values.PLACES, reference.ACTIVATIONS)
     )
+
+
+def test_check_full_runs_no_case_twice():
+    cases = [replace(case, label="") for case in check.find_cases("mambaout_tiny", ["fp32"], full=True)]
+    assert len(set(cases)) == len(cases)
 
 
 def test_special_values_that_go_wrong_are_failures():
