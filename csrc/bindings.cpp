@@ -14,6 +14,7 @@
 
 #include "bindings_common.h"
 #include "cpu/gated_cnn_block_cpu.h"
+#include "unchanged.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -94,8 +95,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
 
 // A hash of some of the values of each (address, bytes): told apart from what it was when all of them have changed, as
 // after an optimizer's step, whatever way they were written.
+using Memory = std::vector<std::tuple<std::uintptr_t, std::uint64_t, std::int64_t>>;  // the last is any number
 constexpr std::uint64_t kFewestSamples = 64, kBytesPerSample = 32768;
-std::uint64_t fingerprint(const std::vector<std::tuple<std::uintptr_t, std::uint64_t, std::int64_t>>& memory) {
+std::uint64_t fingerprint(const Memory& memory) {
   std::uint64_t hash = 14695981039346656037u;
   for (const auto& [address, bytes, version] : memory) {
     const auto* words = reinterpret_cast<const std::uint16_t*>(address);
@@ -201,6 +203,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
   m.def("fingerprint", &fingerprint, pybind11::arg("memory"),
         "A hash of samples of each (address, bytes, _) of memory, which must be readable.");
+  m.def("unchanged", &unchanged, pybind11::arg("entries"), pybind11::arg("types"), pybind11::arg("empty"),
+        pybind11::arg("tensors"),
+        "Whether every (dict, key, value) of entries (Ellipsis: no such key), every (object, type) of types and every "
+        "(tensor, data_ptr, _version or None, dtype, stride) of tensors is as it says, and all of empty is.");
   m.def("fma_flops", &fma_flops, pybind11::arg("bf16"), pybind11::arg("milliseconds"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "FLOP/s of each of torch's threads, all at once: multiply-adds on registers, in fp32 or of bf16 pairs. Raises "

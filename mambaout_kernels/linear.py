@@ -95,10 +95,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate_linear(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias, *of_used_once = ctx.needs_input_grad  # PyTorch leaves out a default
     dx = linear_dx(dy, weight) if needs_x else None
     dweight, dbias = linear_dweight(dy, x) if needs_weight or needs_bias else (None, None)
-    return dx, dweight if needs_weight else None, dbias if needs_bias else None, None
+    return dx, dweight if needs_weight else None, dbias if needs_bias else None, *(None for _ in of_used_once)
 
 
 def _differentiate_dx(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,7 +134,9 @@ def _ours(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.device.type != "cpu" or t.dtype != torch.float32):
             return False
-    return backends.preferred("cpu") == "cpu" and cpu.instruction_set() != "portable"
+    if backends.preferred("cpu") != "cpu":
+        return False
+    return torch.compiler.is_compiling() or cpu.instruction_set() != "portable"  # of which no compiler can ask
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, used_once: bool = False) -> Tensor:
@@ -160,19 +162,21 @@ def linear_dweight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
+    """Whether calling the module does more than its class's forward."""
+    return "forward" in vars(module) or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def call(fc: nn.Module, x: Tensor, used_once: bool = False) -> Tensor:
-    """fc(x); by the compiled kernels for a plain nn.Linear without hooks, outside autocast and compilers.
+    """fc(x); by the compiled kernels for a plain nn.Linear without hooks, outside autocast and, in training, compilers.
 
     used_once: as for `linear`.
     """
     if type(fc) is not nn.Linear or hooked(fc):
         return fc(x)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.shape[-1] != fc.in_features:
+    if torch.compiler.is_compiling() and not used_once:  # a compiler does better with what it knows
+        return fc(x)
+    if torch.is_autocast_enabled(x.device.type) or x.shape[-1] != fc.in_features:
         return fc(x)
     return linear(x, fc.weight, fc.bias, used_once)

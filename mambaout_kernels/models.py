@@ -137,12 +137,15 @@ class Head(nn.Module):
         self.head_dropout = nn.Dropout(drop_rate)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        used_once = not torch.is_grad_enabled()
-        x = self.act(linear.call(self.fc1, x, used_once))
+        x = self.act(self._linear(self.fc1, x))
         if self.norm is not None:
             x = self.norm(x)
         x = self.head_dropout(x)
-        return x if pre_logits else linear.call(self.fc2, x, used_once)
+        return x if pre_logits else self._linear(self.fc2, x)
+
+    @staticmethod
+    def _linear(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return fc(x) if torch.is_grad_enabled() else linear.call(fc, x, used_once=True)
 
 
 class MambaOut(Stages):

@@ -25,7 +25,7 @@ class Pack:
 
     def __init__(self) -> None:
         self.number = secrets.randbits(62)  # unique in any process that an exported program comes to
-        self.seen: Any = None  # what the module's own file remembers of it
+        self.seen: Any = None  # the last call (seen.py)
         weakref.finalize(self, _packs.pop, self.number, None)
 
     def __deepcopy__(self, memo: Any) -> "Pack":
@@ -33,6 +33,11 @@ class Pack:
 
     def __reduce__(self) -> tuple[type["Pack"], tuple[()]]:
         return Pack, ()
+
+
+def kept(pack: Pack) -> Tensor:
+    """The packed parameters that the last call used."""
+    return _packs[pack.number][1]
 
 
 def packed_bytes(module: nn.Module) -> int:

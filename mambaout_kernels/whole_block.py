@@ -6,7 +6,6 @@ Rows of x go through all of it while they are in cache: the 2 * hidden channels 
 memory.
 """
 
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from .backends import cpu
 from .causal import CausalConv2d
 from .linear import hooked
 from .norm_linear import is_layer_norm
-from .packs import low_precision, packed, stored_dtype
+from .packs import kept, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
+from .seen import Seen, observed
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
@@ -89,54 +89,6 @@ def _scale_of(module: nn.Module) -> tuple[bool, Tensor | None]:
     return type(module).__name__ == "LayerScale" and isinstance(gamma, Tensor), gamma
 
 
-_conv_settings = itemgetter("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-
-
-def _settings(norm: nn.Module, conv: nn.Module, drop_path: nn.Module) -> tuple[Any, ...]:
-    """What else of the modules `_is_plain` looks at."""
-    of_norm, of_conv = vars(norm), vars(conv)
-    return (
-        of_norm["normalized_shape"],
-        of_norm.get("_fast_norm"),
-        _conv_settings(of_conv) if "kernel_size" in of_conv else None,
-        drop_path.training,
-    )
-
-
-class _Seen:
-    """A block that `_is_plain`, so that the next call need only look at whether it is still the same.
-
-    Looking at all of it takes as long as a hundredth of a block on one image.
-    """
-
-    def __init__(self, block: Any):
-        self.modules = tuple(block._modules.values())
-        self.types = [type(m) for m in self.modules]
-        self.hooks = [
-            hooks
-            for m in self.modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
-        self.parts = block.norm, block.conv, block.drop_path
-        self.settings = _settings(*self.parts)
-        self.act = block.op_act
-        self.parameters = len(self.list_parameters())
-
-    def list_parameters(self) -> list[Tensor]:
-        return [p for m in self.modules for p in m._parameters.values() if p is not None]
-
-    def again(self, block: Any, stored: torch.dtype) -> bool:
-        modules = block._modules.values()
-        if len(modules) != len(self.modules) or not all(map(is_, modules, self.modules)) or any(self.hooks):
-            return False
-        if [type(m) for m in modules] != self.types or block.op_act != self.act:
-            return False
-        if _settings(*self.parts) != self.settings:
-            return False
-        parameters = self.list_parameters()
-        return len(parameters) == self.parameters and all(p.dtype is stored and p.is_cpu for p in parameters)
-
-
 def _is_plain(block: Any, stored: torch.dtype) -> bool:
     """Whether all of the block's modules are such as `run` reads parameters of, without hooks, in the stored dtype."""
     norm, fc1, fc2 = block.norm, block.fc1, block.fc2
@@ -160,16 +112,21 @@ def applies(block: Any, x: Tensor) -> bool:
     bfloat16, or with float32 parameters under bfloat16 autocast.
     """
     stored = stored_dtype(x)
-    if stored is None:
-        return False
-    if torch.compiler.is_compiling():
-        return _is_plain(block, stored)
+    return stored is not None and _is_plain(block, stored)
+
+
+# Attributes of norm, conv, act and drop_path that `_is_plain` looks at.
+_SETTINGS = (
+    "normalized_shape", "eps", "_fast_norm",
+    "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "approximate", "training",
+)  # fmt: skip
+
+
+def again(block: Any, x: Tensor) -> Tensor | None:
+    """The block's output, where it is as it was when `run` was called last; else None."""
     seen = block.pack.seen
-    if seen is not None and seen.again(block, stored):
-        return True
-    plain = _is_plain(block, stored)
-    block.pack.seen = _Seen(block) if plain else None
-    return plain
+    return cpu.gated_cnn_block(x, *seen.arguments) if seen is not None and seen.again(x) else None
 
 
 def run(block: Any, x: Tensor) -> Tensor:
@@ -177,21 +134,17 @@ def run(block: Any, x: Tensor) -> Tensor:
     norm, fc1, conv, fc2 = block.norm, block.fc1, block.conv, block.fc2
     scale = _scale_of(block.ls)[1]
     in_bf16 = low_precision(x) and cpu.multiplies_bf16()
+    given = x
     if scale is not None and scale.dtype != x.dtype:  # autocast multiplies by a float32 scale in float32
         x = x.float()
-    return _op(
-        x,
-        norm.weight,
-        norm.bias,
-        fc1.weight,
-        fc1.bias,
-        getattr(conv, "weight", None),
-        getattr(conv, "bias", None),
-        fc2.weight,
-        fc2.bias,
-        scale,
-        norm.eps,
-        block.op_act,
-        in_bf16,
-        block.pack.number,
-    )
+    parameters = (
+        norm.weight, norm.bias, fc1.weight, fc1.bias, getattr(conv, "weight", None), getattr(conv, "bias", None),
+        fc2.weight, fc2.bias, scale,
+    )  # fmt: skip
+    y = _op(x, *parameters, norm.eps, block.op_act, in_bf16, block.pack.number)
+    if not torch.compiler.is_compiling() and not observed() and type(x) is Tensor:
+        arguments = (kept(block.pack), norm.eps, block.op_act)
+        children = block._modules
+        same = x is given
+        block.pack.seen = Seen(children, children.values(), _SETTINGS, parameters, x, arguments) if same else None
+    return y

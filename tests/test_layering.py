@@ -21,6 +21,7 @@ LAYERS = [
     "norm_linear",
     "causal",
     "packs",
+    "seen",
     "whole_block",
     "downsample",
     "block",

@@ -1,6 +1,7 @@
 """The compiled CPU kernels (csrc/cpu): AVX-512, AVX2 or portable, chosen when the module loads."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,17 @@ def fingerprint(memory: list[tuple[int, int, int]]) -> int:
     """A hash of samples of the given (address, bytes, _) of memory, which must be readable."""
     assert module is not None
     return int(module.fingerprint(memory))
+
+
+def unchanged(
+    entries: list[tuple[dict[str, Any], str, Any]],
+    types: list[tuple[Any, type]],
+    empty: list[Any],
+    tensors: list[tuple[Any, ...]],
+) -> bool:
+    """Whether objects are what they were (seen.py says of which)."""
+    assert module is not None
+    return bool(module.unchanged(entries, types, empty, tensors))
 
 
 def pack_block(parameters: list[Tensor | None], bf16: bool) -> Tensor:
