@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .backends import cpu
 from .linear import hooked
 from .norm_linear import is_layer_norm
-from .packs import Pack, low_precision, packed, stored_dtype
+from .packs import Pack, kept, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
+from .seen import Seen, observed
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
@@ -89,18 +90,34 @@ def applies(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, act_
     return all(p.dtype == stored and p.device == x.device for p in parameters)
 
 
-def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack) -> Tensor:
-    """act(norm(conv(x))), (N, H, W, C) to (N, H/2, W/2, out_channels), halves rounded up. See `applies`."""
-    return _op(
-        x,
-        conv.weight,
-        conv.bias,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        norm is not None,
-        0.0 if norm is None else norm.eps,
-        act_name,
-        torch.bfloat16 if low_precision(x) else torch.float32,
-        low_precision(x) and cpu.multiplies_bf16(),
-        pack.number,
-    )
+# Attributes of conv, norm and act that `applies` looks at.
+_SETTINGS = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "normalized_shape", "eps", "_fast_norm", "approximate",
+)  # fmt: skip
+
+
+def again(pack: Pack, x: Tensor) -> Tensor | None:
+    """The output, where everything is as it was when `run` was called last with this pack; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    seen = pack.seen
+    return cpu.downsample(x, *seen.arguments) if seen is not None and seen.again(x) else None
+
+
+def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack, owner: nn.Module) -> Tensor:
+    """act(norm(conv(x))), (N, H, W, C) to (N, H/2, W/2, out_channels), halves rounded up; all are owner's modules.
+
+    See `applies`.
+    """
+    parameters = (conv.weight, conv.bias, *((None, None) if norm is None else (norm.weight, norm.bias)))
+    eps = 0.0 if norm is None else norm.eps
+    dtype = torch.bfloat16 if low_precision(x) else torch.float32
+    multiply_bf16 = low_precision(x) and cpu.multiplies_bf16()
+    y = _op(x, *parameters, norm is not None, eps, act_name, dtype, multiply_bf16, pack.number)
+    if not torch.compiler.is_compiling() and not observed() and type(x) is Tensor:
+        arguments = (kept(pack), norm is not None, eps, act_name, dtype == torch.bfloat16)
+        children = owner._modules
+        modules = [m for m in children.values() if m is not None]
+        pack.seen = Seen(children, modules, _SETTINGS, parameters, x, arguments)
+    return y

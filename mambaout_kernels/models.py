@@ -17,7 +17,7 @@ from torch import nn
 
 from . import linear
 from .block import LAYER_NORM, FusedGatedCNNBlock, activation_name, refuse_unknown
-from .downsample import applies, run
+from .downsample import again, applies, run
 from .features import Stages
 from .packs import Pack
 
@@ -94,10 +94,15 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         nhwc = x.permute(0, 2, 3, 1)
-        if applies(self.conv1, self.norm1, self.act, self.act_name, nhwc):
-            x = run(self.conv1, self.norm1, str(self.act_name), nhwc, self.packs[0])
+        y = again(self.packs[0], nhwc)
+        if y is None and applies(self.conv1, self.norm1, self.act, self.act_name, nhwc):
+            y = run(self.conv1, self.norm1, str(self.act_name), nhwc, self.packs[0], self)
+        if y is not None:
+            x, y = y, again(self.packs[1], y)
+            if y is not None:
+                return y
             if applies(self.conv2, self.norm2, None, "identity", x):
-                return run(self.conv2, self.norm2, "identity", x, self.packs[1])
+                return run(self.conv2, self.norm2, "identity", x, self.packs[1], self)
             return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         x = self.conv1(x)
         if self.norm1 is not None:
@@ -118,9 +123,12 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.norm_first:
             x = self.norm(x)
+        y = again(self.pack, x)
+        if y is not None:
+            return y
         norm = None if self.norm_first else self.norm
         if applies(self.conv, norm, None, "identity", x):
-            return run(self.conv, norm, "identity", x, self.pack)
+            return run(self.conv, norm, "identity", x, self.pack, self)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x if self.norm_first else self.norm(x)
 

@@ -73,5 +73,5 @@ def test_norm_without_parameters_and_convolution_without_bias():
     x = torch.randn(1, 5, 7, 8)
     with torch.no_grad():
         assert downsample.applies(conv, norm, None, "identity", x)
-        found = downsample.run(conv, norm, "identity", x, packs.Pack())
+        found = downsample.run(conv, norm, "identity", x, packs.Pack(), nn.ModuleList([conv]))
         torch.testing.assert_close(found, norm(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), rtol=1e-4, atol=1e-5)

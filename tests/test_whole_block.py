@@ -85,7 +85,7 @@ def test_downsampling_of_any_strides():
     for x in (base[..., 1:7], base[:, ::2, ::3, 8:], base[..., :12:2], base.transpose(1, 2)[..., :6]):
         with torch.no_grad():
             assert downsample.applies(conv, norm, None, "identity", x)
-            fused = downsample.run(conv, norm, "identity", x, packs.Pack())
+            fused = downsample.run(conv, norm, "identity", x, packs.Pack(), nn.ModuleList([conv]))
             eager = norm(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-5)
 
