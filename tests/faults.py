@@ -11,6 +11,7 @@ class FaultySource:
     right: str
     wrong: str
     test: str
+    isas: str = "portable"  # units that are compiled, of sources that all of them share; or "all"
 
     @property
     def compiled(self) -> bool:
@@ -79,31 +80,31 @@ FAULTS = [
                  "vector(at.norm_weight, parameters.norm_weight, 0.0f);", "tests/test_generated.py -k downsampling"),
     FaultySource("csrc/cpu/downsample_dispatch.cpp", "const std::int64_t tap = k / at.channels, c = k % at.channels;",
                  "const std::int64_t tap = k / shape.in_channels, c = k % shape.in_channels;",
-                 "tests/test_generated.py -k downsampling"),
+                 "tests/test_generated.py -k downsampling", "all"),
     FaultySource("csrc/cpu/downsample_dispatch.cpp", "kernels.element_bytes, rows).total + kLine;",
                  "kernels.element_bytes, rows).total;", "tests/test_cpu_launch.py -k 'downsampling and plain'"),
     # The matrix products: sums of more than 128 terms, sums added to what is there, the last pixel; pairs of bf16.
-    FaultySource("csrc/cpu/gemm_tile.h", "k0 == 0 && !kAdd ? right[r] : load(to + L) + right[r]);",
-                 "!kAdd ? right[r] : load(to + L) + right[r]);", "tests/test_generated.py -k whole_block"),
-    FaultySource("csrc/cpu/gemm_tile.h", "k0 == 0 && !kAdd ? left[r] : load(to) + left[r]);",
-                 "k0 == 0 ? left[r] : load(to) + left[r]);", "tests/test_generated.py -k downsampling"),
+    FaultySource("csrc/cpu/gemm_tile.h", "first && !kAdd ? right : load(to + L) + right);",
+                 "!kAdd ? right : load(to + L) + right);", "tests/test_generated.py -k whole_block"),
+    FaultySource("csrc/cpu/gemm_tile.h", "first && !kAdd ? left : load(to) + left);",
+                 "first ? left : load(to) + left);", "tests/test_generated.py -k downsampling"),
     FaultySource("csrc/cpu/gemm_tile.h", "for (; p < end; ++p) body(Constant<1>{}, p);",
                  "for (; p + 1 < end; ++p) body(Constant<1>{}, p);", "tests/test_generated.py -k whole_block"),
     FaultySource("csrc/cpu/gemm_tile.h", "kSumDepth = 128", "kSumDepth = 4096",
                  "tests/test_whole_block.py -k 'deep and float32'"),
     FaultySource("csrc/cpu/bf16_products.h", "k < depth; k += 2", "k + 2 < depth; k += 2",
-                 "tests/test_generated.py -k whole_block"),
+                 "tests/test_generated.py -k whole_block", "all"),
     FaultySource("csrc/cpu/bf16_products.h", "kAdd ? _mm512_add_ps(_mm512_loadu_ps(to + 16), right[r]) : right[r]",
-                 "right[r]", "tests/test_generated.py -k downsampling"),
+                 "right[r]", "tests/test_generated.py -k downsampling", "all"),
     FaultySource("csrc/cpu/panels.h", "(k / 2 * columns + j) * 2 + k % 2", "(k / 2 * columns + j) * 2 + 1 - k % 2",
-                 "tests/test_generated.py -k whole_block"),
+                 "tests/test_generated.py -k whole_block", "all"),
     FaultySource("csrc/cpu/bf16_pairs.h", "has_right = w + 1 < geometry.halo1;", "has_right = w < geometry.halo1;",
-                 "tests/test_cpu_launch.py -k 'test_op and plain'"),
+                 "tests/test_cpu_launch.py -k 'test_op and plain'", "all"),
     FaultySource("csrc/cpu/bf16_pairs.h", "lower = kOutputs == 2 && row > h - geometry.R;", "lower = kOutputs == 2;",
-                 "tests/test_generated.py -k test_cpu"),
+                 "tests/test_generated.py -k test_cpu", "all"),
     # What only a sanitizer sees: both leave every result right.
-    FaultySource("csrc/cpu/block_dispatch.cpp", "c.width, c.chunk_rows).total +\n         kLine;",
-                 "c.width, c.chunk_rows).total +\n         16;",
+    FaultySource("csrc/cpu/block_dispatch.cpp", "num_threads * bytes.window + kLine;",
+                 "num_threads * bytes.window + 16;",
                  "tests/test_cpu_launch.py -m 'sanitize or not sanitize' -k 'test_block and memory'"),
     FaultySource("csrc/cpu/tasks.h", "c.body(slot, task);",
                  "{ static volatile std::int64_t done; done = done + 1; c.body(slot, task); }",

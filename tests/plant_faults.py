@@ -2,11 +2,13 @@
 
     python tests/plant_faults.py [--only TEXT] [--part 1/3] [--copy FOLDER] [--python-only]
 
-A test counts only if it passes on the sound copy. The compiled module is that of the CPU kernels, without CUDA; after a
-fault only what depends on it is compiled again. Prints a table; exit status 1 if a fault went unseen.
+A test counts only if it passes on the sound copy. The compiled module is that of the CPU kernels, without CUDA, at -O1,
+and of portable C++ alone where the fault is in it, too; after a fault only what depends on it is compiled again. Prints
+a table; exit status 1 if a fault went unseen.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -36,7 +38,7 @@ class Copy:
         shutil.copytree(ROOT, folder, ignore=LEFT_OUT, dirs_exist_ok=True, copy_function=self._copy)
         # Where cpu_launch looks for objects of the module, to link them instead of compiling them again.
         self._build = folder / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        self._compiled_with: str | None = None  # the fault that is in the module; not known of one that was kept
+        self._compiled_with = ("", "")  # units and fault of the module; not known of one that was kept
 
     @staticmethod
     def _copy(source: str, target: str) -> None:
@@ -47,20 +49,22 @@ class Copy:
     def _run(self, *command) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
 
-    def compile(self, with_fault: str = "") -> str:
+    def compile(self, isas: str, with_fault: str = "") -> str:
         """ "", or what the compiler says."""
-        if with_fault == self._compiled_with:
+        if (isas, with_fault) == self._compiled_with:
             return ""
         import pybind11
 
         configure = ["-S", ".", "-B", self._build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DMAMBAOUT_CUDA=OFF"]  # fmt: skip
+                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DMAMBAOUT_CUDA=OFF",
+                     f"-DMAMBAOUT_PORTABLE={'ON' if isas == 'portable' else 'OFF'}",
+                     "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # fmt: skip
         install = ["--install", self._build, "--prefix", "mambaout_kernels", "--component", "cpu"]
         for arguments in (configure, ["--build", self._build, "--target", "_C"], install):
             done = self._run("cmake", *arguments)
             if done.returncode != 0:
                 return done.stdout + done.stderr
-        self._compiled_with = with_fault
+        self._compiled_with = (isas, with_fault)
         return ""
 
     def test(self, selected: str) -> tuple[int, str]:
@@ -71,9 +75,9 @@ class Copy:
         return done.returncode, failed[1] if failed else done.stdout[-300:]
 
     @cache  # noqa: B019 (there is one copy)
-    def sound(self, selected: str) -> str:
+    def sound(self, selected: str, isas: str) -> str:
         """ "", or why the tests tell nothing: they have to pass without a fault."""
-        if said := self.compile():
+        if said := self.compile(isas):
             return f"without a fault it does not compile: {said[-2000:]}"
         code, failed = self.test(selected)
         return "" if code == 0 else f"without a fault: exit status {code}, {failed}"
@@ -84,13 +88,13 @@ class Copy:
         text = path.read_text()
         if fault.right not in text:
             return False, f"the source no longer has {fault.right!r}"
-        if unsound := self.sound(fault.test):
+        if unsound := self.sound(fault.test, fault.isas):
             return False, unsound
-        if not fault.compiled and (said := self.compile()):
+        if not fault.compiled and (said := self.compile(fault.isas)):
             return False, said
         path.write_text(text.replace(fault.right, fault.wrong, 1))
         try:
-            if fault.compiled and (said := self.compile(str(fault))):
+            if fault.compiled and (said := self.compile(fault.isas, str(fault))):
                 return False, f"does not compile: {said[-2000:]}"
             code, failed = self.test(fault.test)
         finally:
@@ -103,6 +107,7 @@ class Copy:
 def selected_faults(args: argparse.Namespace) -> list[FaultySource]:
     part, parts = map(int, args.part.split("/"))
     wanted = [f for f in FAULTS if args.only in str(f) and not (args.python_only and f.compiled)]
+    wanted.sort(key=lambda f: (f.compiled, f.isas == "all"))
     return [f for i, f in enumerate(wanted) if i * parts // len(wanted) == part - 1]
 
 
@@ -119,14 +124,16 @@ def main() -> int:
     caught = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy((args.copy or Path(folder) / "copy").resolve())
-        for fault in faults:
-            copy.sound(fault.test)  # of all first: then nothing is compiled for it between the faults
-        for fault in faults:
-            begin = time.monotonic()
-            seen, by = copy.plant(fault)
-            caught += seen
-            what = f"{fault.file}: {fault.wrong.strip()[:70]!r}"
-            print(f"{'caught' if seen else 'FAILED'} ({time.monotonic() - begin:.0f} s) {what}: {by}", flush=True)
+        for _, group in itertools.groupby(faults, lambda fault: (fault.compiled, fault.isas)):
+            together = list(group)
+            for fault in together:
+                copy.sound(fault.test, fault.isas)  # of all first: then nothing is compiled for it between the faults
+            for fault in together:
+                begin = time.monotonic()
+                seen, by = copy.plant(fault)
+                caught += seen
+                what = f"{fault.file}: {fault.wrong.strip()[:70]!r}"
+                print(f"{'caught' if seen else 'FAILED'} ({time.monotonic() - begin:.0f} s) {what}: {by}", flush=True)
     print(f"{caught} of {len(faults)} faults were caught")
     return 0 if caught == len(faults) else 1
 

@@ -312,3 +312,9 @@ def test_special_values_that_go_wrong_are_failures():
         assert judged(*wrong).startswith("FAILED")
     zero, minus = torch.tensor([0.0]), torch.tensor([-0.0])
     assert special_values.judge(zero, minus, minus.double(), True) == "the sign of a zero differs"
+    # Where fp64 itself is NaN: to be expected of NaN, while of finite inputs it is eager that overflowed.
+    nan, one = torch.tensor([torch.nan]).double(), torch.tensor([1.0]).double()
+    assert special_values.judge(one, nan, nan, False).startswith("FAILED")
+    assert special_values.judge(one, nan, nan, False, of_finite=True) == "finite, eager overflows"
+    assert special_values.judge(nan, one, one, False, of_finite=True).startswith("FAILED")
+    assert special_values.judge(one, one / 0, one / 0, False, of_finite=True).startswith("FAILED")
