@@ -77,10 +77,11 @@ FAULTS = [
     FaultySource("csrc/cpu/downsample_body.h", "(sums, at_.out, channels, channels, call_.shape.eps,",
                  "(sums, at_.out, at_.out, channels, call_.shape.eps,", "tests/test_generated.py -k downsampling"),
     FaultySource("csrc/cpu/downsample_dispatch.cpp", "vector(at.norm_weight, parameters.norm_weight, 1.0f);",
-                 "vector(at.norm_weight, parameters.norm_weight, 0.0f);", "tests/test_generated.py -k downsampling"),
+                 "vector(at.norm_weight, parameters.norm_weight, 0.0f);",
+                 "tests/test_cpu_launch.py -k 'calls_of_the_downsampling and plain'"),
     FaultySource("csrc/cpu/downsample_dispatch.cpp", "const std::int64_t tap = k / at.channels, c = k % at.channels;",
                  "const std::int64_t tap = k / shape.in_channels, c = k % shape.in_channels;",
-                 "tests/test_generated.py -k downsampling", "all"),
+                 "tests/test_cpu_launch.py -k 'test_downsampling and plain'", "all"),
     FaultySource("csrc/cpu/downsample_dispatch.cpp", "kernels.element_bytes, rows).total + kLine;",
                  "kernels.element_bytes, rows).total;", "tests/test_cpu_launch.py -k 'downsampling and plain'"),
     # The matrix products: sums of more than 128 terms, sums added to what is there, the last pixel; pairs of bf16.
