@@ -163,9 +163,10 @@ assert torch.equal(mk.gated_dwconv(u, w, b), here)
 
 
 INTERRUPTED = """
-import json, sys, time, torch, mambaout_kernels as mk
+import json, signal, sys, time, torch, mambaout_kernels as mk
 from mambaout_kernels.backends import cpu
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell starts deaf to it
 calls = []  # of compiled ops: when they began
 
 def logged(op):
