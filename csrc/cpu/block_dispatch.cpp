@@ -96,14 +96,28 @@ class Packer {
   char* packed_;
 };
 
-// Rows of a strip, below which the threads share out the channels instead.
-constexpr std::int64_t kFewRows = 8;
+// Of a pixel's work: LayerNorm, times the channels; of a thread's, the wait for the others between two steps, in
+// products.
+constexpr double kNormShare = 3.0, kWaitProducts = 640e3;
 
 struct Cut {
   std::int64_t strips, columns, chunk_rows, width;
   std::int64_t parts;  // of the channels; if more than one, there is one strip and one column
   std::int64_t conv;   // the most conv channels of a task
 };
+// Time of a call, in images: of strips, or of parts of the channels. The last strips, or parts, are waited for.
+double time_of_strips(const GatedCnnBlockCall& call, const Cut& c, int num_threads) {
+  const std::int64_t neighbours = std::min<std::int64_t>(c.strips - 1, 2) * (call.shape.K / 2);
+  const double conv_share = call.shape.C / (3.0 * call.shape.D);  // of the products: what neighbouring rows cost again
+  const double rows = ceil_div(call.H, c.strips) + conv_share * neighbours;
+  return ceil_div(call.N * c.columns * c.strips, num_threads) * rows / (call.H * c.columns);
+}
+double time_of_parts(const GatedCnnBlockCall& call, std::int64_t parts, int num_threads) {
+  const double products = 3.0 * call.shape.D * call.shape.dim * call.H * call.W;
+  const double part = 1.0 / parts + kNormShare / call.shape.dim;
+  return ceil_div(call.N * parts, num_threads) * part + kWaitProducts / products;
+}
+
 Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
   Cut c;
   c.columns = ceil_div(call.W, kMaxBlockWidth);
@@ -116,10 +130,12 @@ Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
     const std::int64_t tasks = call.N * c.columns * c.strips;
     return tasks < 4 * num_threads && tasks % num_threads != 0;
   };
+  const bool shared = uneven();
   while (uneven() && call.H / (c.strips + 1) >= std::max<std::int64_t>(1, R)) ++c.strips;
-  if (c.columns == 1 && c.strips > 1 && ceil_div(call.H, c.strips) < kFewRows) {
+  const std::int64_t parts = std::min<std::int64_t>(num_threads, (at.identity + at.conv) / at.columns);
+  if (shared && c.columns == 1 && time_of_parts(call, parts, num_threads) < time_of_strips(call, c, num_threads)) {
     c.strips = 1;
-    c.parts = std::min<std::int64_t>(num_threads, (at.identity + at.conv) / at.columns);
+    c.parts = parts;
   }
   c.conv = ceil_div(at.conv / at.columns, c.parts) * at.columns;
   const std::int64_t rows = ceil_div(call.H, c.strips);
