@@ -124,7 +124,8 @@ def test_opcheck():
     torch.library.opcheck(ops.linear_dweight.default, (dy.detach().requires_grad_(), x.detach().requires_grad_()))
 
 
-def test_differentiable_three_times():
+def test_differentiable_three_times(monkeypatch):
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "avx2")  # by the ops, also where these are not faster
     x, weight, bias, dy = (t.requires_grad_() for t in tensors(6, 5, 4))
 
     def derivatives(of):
