@@ -20,6 +20,7 @@ from generated import (
 )
 from hypothesis import assume, given
 from numerics import assert_no_worse_in_any_case, check_backend, check_outputs, eager
+from torch import nn
 
 import mambaout_kernels as mk
 from mambaout_kernels import backends, downsample, packs, whole_block
@@ -124,7 +125,7 @@ def test_downsampling(case):
     x = case.x
     with on_cpu(case), torch.no_grad():
         assert downsample.applies(conv, norm, None, case.act, x)
-        ours = downsample.run(conv, norm, case.act, x, packs.Pack())
+        ours = downsample.run(conv, norm, case.act, x, packs.Pack(), nn.ModuleList([conv]))
     assert ours.is_contiguous()
     bound = error_bounds.of_downsampling(conv, norm, case.act, x)
     assert_no_worse_in_any_case(ours, theirs, truth, bound)
