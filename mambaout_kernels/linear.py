@@ -173,10 +173,10 @@ def call(fc: nn.Module, x: Tensor, used_once: bool = False) -> Tensor:
 
     used_once: as for `linear`.
     """
-    if type(fc) is not nn.Linear or hooked(fc):
+    if x.device.type != "cpu" or type(fc) is not nn.Linear or hooked(fc):
         return fc(x)
     if torch.compiler.is_compiling() and not used_once:  # a compiler does better with what it knows
         return fc(x)
-    if torch.is_autocast_enabled(x.device.type) or x.shape[-1] != fc.in_features:
+    if torch.is_autocast_enabled("cpu") or x.shape[-1] != fc.in_features:
         return fc(x)
     return linear(x, fc.weight, fc.bias, used_once)

@@ -264,3 +264,9 @@ def test_gradients_in_other_dtypes_are_pytorchs(f):
     found = f(a, b)
     expected = a @ b if f is linear_dx else (a.t() @ b, a.sum(dim=0))
     torch.testing.assert_close(found, expected)
+
+
+def test_devices_of_which_autocast_knows_nothing():
+    """Counting multiplications, or laying out a model, runs it on meta tensors."""
+    block = FusedGatedCNNBlock(8).to("meta")
+    assert block(torch.empty(1, 5, 5, 8, device="meta")).shape == (1, 5, 5, 8)
