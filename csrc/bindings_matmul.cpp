@@ -16,6 +16,21 @@ Tensor matrix(const Tensor& tensor, const char* name) {
 }
 const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
+// The product of a, or of a turned, and b, or b turned.
+MatmulCall call_of(const Tensor& a, bool a_turned, const Tensor& b, bool b_turned) {
+  MatmulCall call{};
+  call.M = a.size(a_turned ? 1 : 0);
+  call.N = b.size(b_turned ? 0 : 1);
+  call.K = a.size(a_turned ? 0 : 1);
+  call.a = data(a);
+  (a_turned ? call.a_k : call.a_m) = a.stride(0);
+  (a_turned ? call.a_m : call.a_k) = 1;
+  call.b = data(b);
+  (b_turned ? call.b_n : call.b_k) = b.stride(0);
+  (b_turned ? call.b_k : call.b_n) = 1;
+  return call;
+}
+
 // out, as the call says but for where the result goes
 Tensor product(MatmulCall call, const Tensor& like, bool of_rows = false) {
   Tensor out = torch::stable::new_empty(like, {call.M, call.N});
@@ -37,16 +52,7 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias, bool used_once) {
   weight = matrix(weight, "weight");
   STD_TORCH_CHECK(x.size(1) == weight.size(1), "x and weight must have as many columns: ", x.size(1), " and ",
                   weight.size(1));
-  MatmulCall call{};
-  call.M = x.size(0);
-  call.N = weight.size(0);
-  call.K = x.size(1);
-  call.a = data(x);
-  call.a_m = x.stride(0);
-  call.a_k = 1;
-  call.b = data(weight);
-  call.b_k = 1;
-  call.b_n = weight.stride(0);
+  MatmulCall call = call_of(x, false, weight, true);
   if (bias.numel() > 0) {
     check_cpu(bias, "bias");
     STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && bias.dim() == 1 && bias.size(0) == call.N,
@@ -63,16 +69,7 @@ Tensor linear_dx(Tensor dy, Tensor weight) {
   weight = matrix(weight, "weight");
   STD_TORCH_CHECK(dy.size(1) == weight.size(0), "dy must have as many columns as weight has rows: ", dy.size(1),
                   " and ", weight.size(0));
-  MatmulCall call{};
-  call.M = dy.size(0);
-  call.N = weight.size(1);
-  call.K = dy.size(1);
-  call.a = data(dy);
-  call.a_m = dy.stride(0);
-  call.a_k = 1;
-  call.b = data(weight);
-  call.b_k = weight.stride(0);
-  call.b_n = 1;
+  const MatmulCall call = call_of(dy, false, weight, false);
   return product(call, dy);
 }
 
@@ -81,16 +78,7 @@ std::tuple<Tensor, Tensor> linear_dweight(Tensor dy, Tensor x) {
   dy = matrix(dy, "dy");
   x = matrix(x, "x");
   STD_TORCH_CHECK(dy.size(0) == x.size(0), "dy and x must have as many rows: ", dy.size(0), " and ", x.size(0));
-  MatmulCall call{};
-  call.M = dy.size(1);
-  call.N = x.size(1);
-  call.K = dy.size(0);
-  call.a = data(dy);
-  call.a_m = 1;
-  call.a_k = dy.stride(0);
-  call.b = data(x);
-  call.b_k = x.stride(0);
-  call.b_n = 1;
+  MatmulCall call = call_of(dy, true, x, false);
   Tensor dbias = torch::stable::new_empty(dy, {call.M});
   call.row_sums = static_cast<float*>(dbias.mutable_data_ptr());
   return {product(call, dy), dbias};

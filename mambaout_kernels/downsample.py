@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .backends import cpu
 from .linear import hooked
 from .norm_linear import is_layer_norm
-from .packs import Pack, kept, low_precision, packed, stored_dtype
+from .packs import Pack, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
-from .seen import Seen, observed
+from .seen import known, remember
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
@@ -99,10 +99,8 @@ _SETTINGS = (
 
 def again(pack: Pack, x: Tensor) -> Tensor | None:
     """The output, where everything is as it was when `run` was called last with this pack; else None."""
-    if torch.compiler.is_compiling():
-        return None
-    seen = pack.seen
-    return cpu.downsample(x, *seen.arguments) if seen is not None and seen.again(x) else None
+    arguments = known(pack, x)
+    return None if arguments is None else cpu.downsample(x, *arguments)
 
 
 def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack, owner: nn.Module) -> Tensor:
@@ -115,9 +113,5 @@ def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack, owner: nn.Mo
     dtype = torch.bfloat16 if low_precision(x) else torch.float32
     multiply_bf16 = low_precision(x) and cpu.multiplies_bf16()
     y = _op(x, *parameters, norm is not None, eps, act_name, dtype, multiply_bf16, pack.number)
-    if not torch.compiler.is_compiling() and not observed() and type(x) is Tensor:
-        arguments = (kept(pack), norm is not None, eps, act_name, dtype == torch.bfloat16)
-        children = owner._modules
-        modules = [m for m in children.values() if m is not None]
-        pack.seen = Seen(children, modules, _SETTINGS, parameters, x, arguments)
+    remember(pack, owner, _SETTINGS, parameters, x, norm is not None, eps, act_name, dtype == torch.bfloat16)
     return y

@@ -30,10 +30,14 @@ def _check_float32(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be float32; got {tensor.dtype}")
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_float32(x=x, weight=weight, bias=bias)
+def _check_matrix(weight: Tensor) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must be (out_features, in_features); got {tuple(weight.shape)}")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_float32(x=x, weight=weight, bias=bias)
+    _check_matrix(weight)
     _features("x", x, weight.shape[1], "weight's inputs")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), as weight's outputs; got {tuple(bias.shape)}")
@@ -41,8 +45,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _check_dx(dy: Tensor, weight: Tensor) -> None:
     _check_float32(dy=dy, weight=weight)
-    if weight.ndim != 2:
-        raise ValueError(f"weight must be (out_features, in_features); got {tuple(weight.shape)}")
+    _check_matrix(weight)
     _features("dy", dy, weight.shape[0], "weight's outputs")
 
 
@@ -161,11 +164,12 @@ def linear_dweight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return rows.t() @ _rows(x), rows.sum(dim=0)
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward."""
-    return "forward" in vars(module) or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return "forward" in vars(module) or any(getattr(module, name) for name in HOOKS)
 
 
 def call(fc: nn.Module, x: Tensor, used_once: bool = False) -> Tensor:

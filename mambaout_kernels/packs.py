@@ -7,7 +7,7 @@ or written where PyTorch does not count (through `.data` or NumPy), as far as sa
 
 import secrets
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ def kept(pack: Pack) -> Tensor:
 
 def packed_bytes(module: nn.Module) -> int:
     """Bytes of packed parameters that the modules in `module` keep for their next calls."""
-    kept = [value for each in module.modules() for value in vars(each).values()]
-    found = [pack for value in kept for pack in (value if isinstance(value, tuple) else (value,))]
+    values = [value for each in module.modules() for value in vars(each).values()]
+    found = [pack for value in values for pack in (value if isinstance(value, tuple) else (value,))]
     return sum(_packs[pack.number][1].nbytes for pack in found if isinstance(pack, Pack) and pack.number in _packs)
 
 
@@ -67,6 +67,15 @@ def low_precision(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
 
 
+def memory_of(parameters: Iterable[Tensor | None]) -> list[tuple[int, int, int]]:
+    """(address, bytes, PyTorch's count of writes) of each that is there; 0 bytes for one that is not contiguous."""
+    return [
+        (t.data_ptr(), t.numel() * t.element_size() if t.is_contiguous() else 0, 0 if t.is_inference() else t._version)
+        for t in parameters
+        if t is not None
+    ]
+
+
 def packed(
     number: int,
     parameters: Sequence[Tensor | None],
@@ -74,11 +83,7 @@ def packed(
     make: Callable[[list[Tensor | None], bool], Tensor],
 ) -> Tensor:
     """What `make` makes of the parameters in float32, contiguous; `bf16`: to be multiplied in bfloat16."""
-    memory = [
-        (t.data_ptr(), t.numel() * t.element_size() if t.is_contiguous() else 0, 0 if t.is_inference() else t._version)
-        for t in parameters
-        if t is not None
-    ]
+    memory = memory_of(parameters)
     key = (bf16, cpu.instruction_set(), [t is None for t in parameters], memory, cpu.fingerprint(memory))
     found = _packs.get(number)
     if found is not None and found[0] == key and all(count for _, count, _ in memory):

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from . import backends
 from .backends import cpu
+from .linear import HOOKS
+from .packs import Pack, kept, memory_of
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
-def observed() -> bool:
+def _observed() -> bool:
     """Whether somebody looks at every operator that is called: a compiler, a tracer, a dispatch mode."""
     if torch.compiler.is_compiling() or _dispatch_modes is None:
         return True
@@ -31,21 +32,11 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
 
 
 class Seen:
-    """What a call found, by which the next one is told to be its like.
-
-    Args:
-        children: `_modules` of the module that called.
-        modules: those whose type, hooks and parameters count; in `children` or not.
-        settings: attributes that count, of whichever of the modules has them.
-        parameters: what was packed.
-        x: what the call was given.
-        arguments: what the native op was given besides.
-    """
+    """What a call found, by which the next one is told to be its like; see `remember`."""
 
     def __init__(
         self,
         children: dict[str, Any],
-        modules: Iterable[nn.Module],
         settings: Sequence[str],
         parameters: Iterable[Tensor | None],
         x: Tensor,
@@ -53,18 +44,19 @@ class Seen:
     ):
         self.arguments = arguments
         self._mode = _mode(x)
-        modules, packed = list(modules), [p for p in parameters if p is not None]
+        modules = [m for m in children.values() if m is not None]
+        packed = [p for p in parameters if p is not None]
         self._types = [(m, type(m)) for m in modules]
-        self._empty = [getattr(m, name) for m in modules for name in _HOOKS]
+        self._empty = [getattr(m, name) for m in modules for name in HOOKS]
         self._entries = [(children, name, child) for name, child in children.items()]
         for m in modules:
             attributes = vars(m)
-            self._entries += [(attributes, name, attributes.get(name, ...)) for name in (*_HOOKS, *settings, "forward")]
+            self._entries += [(attributes, name, attributes.get(name, ...)) for name in (*HOOKS, *settings, "forward")]
             self._entries += [(m._parameters, name, p) for name, p in m._parameters.items()]
         self._tensors = [
             (p, p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.stride()) for p in packed
         ]
-        self._memory = [(p.data_ptr(), p.numel() * p.element_size() if p.is_contiguous() else 0, 0) for p in packed]
+        self._memory = memory_of(packed)
         self._fingerprint = cpu.fingerprint(self._memory)
         self._lasting = all(bytes for _, bytes, _ in self._memory)
 
@@ -72,8 +64,37 @@ class Seen:
         """Whether the modules, asked for x, would do what they did."""
         return (
             self._lasting
-            and not observed()
+            and not _observed()
             and _mode(x) == self._mode
             and cpu.unchanged(self._entries, self._types, self._empty, self._tensors)
             and cpu.fingerprint(self._memory) == self._fingerprint
         )
+
+
+def remember(
+    pack: Pack,
+    owner: nn.Module,
+    settings: Sequence[str],
+    parameters: Iterable[Tensor | None],
+    x: Tensor,
+    *arguments: Any,
+) -> None:
+    """Let the next call with this pack be known, unless somebody looks at every operator.
+
+    Args:
+        pack: whose packed parameters the call used.
+        owner: the module that called; the types, hooks and parameters of its children count.
+        settings: attributes that count, of whichever of the children has them.
+        parameters: what was packed.
+        x: what the native op was given, besides the packed parameters and `arguments`.
+    """
+    if not _observed() and type(x) is Tensor:
+        pack.seen = Seen(owner._modules, settings, parameters, x, (kept(pack), *arguments))
+
+
+def known(pack: Pack, x: Tensor) -> tuple[Any, ...] | None:
+    """What to give the native op after x, where everything is as it was at the last call; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    seen: Seen | None = pack.seen
+    return seen.arguments if seen is not None and seen.again(x) else None

@@ -15,9 +15,9 @@ from .backends import cpu
 from .causal import CausalConv2d
 from .linear import hooked
 from .norm_linear import is_layer_norm
-from .packs import kept, low_precision, packed, stored_dtype
+from .packs import low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
-from .seen import Seen, observed
+from .seen import known, remember
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
@@ -89,8 +89,15 @@ def _scale_of(module: nn.Module) -> tuple[bool, Tensor | None]:
     return type(module).__name__ == "LayerScale" and isinstance(gamma, Tensor), gamma
 
 
-def _is_plain(block: Any, stored: torch.dtype) -> bool:
-    """Whether all of the block's modules are such as `run` reads parameters of, without hooks, in the stored dtype."""
+def applies(block: Any, x: Tensor) -> bool:
+    """Whether `run` computes what calling the block's modules one after the other would.
+
+    It does on the compiled CPU kernels, when no gradient is wanted, for plain modules without hooks, in float32 or
+    bfloat16, or with float32 parameters under bfloat16 autocast.
+    """
+    stored = stored_dtype(x)
+    if stored is None:
+        return False
     norm, fc1, fc2 = block.norm, block.fc1, block.fc2
     if not is_layer_norm(norm) or type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
         return False
@@ -102,20 +109,10 @@ def _is_plain(block: Any, stored: torch.dtype) -> bool:
     if not known:
         return False
     parameters = (norm.weight, fc1.weight, fc2.weight, scale, getattr(block.conv, "weight", None))
-    return all(p is None or (p.dtype == stored and p.is_cpu) for p in parameters)
+    return all(p is None or (p.dtype == stored and p.device == x.device) for p in parameters)
 
 
-def applies(block: Any, x: Tensor) -> bool:
-    """Whether `run` computes what calling the block's modules one after the other would.
-
-    It does on the compiled CPU kernels, when no gradient is wanted, for plain modules without hooks, in float32 or
-    bfloat16, or with float32 parameters under bfloat16 autocast.
-    """
-    stored = stored_dtype(x)
-    return stored is not None and _is_plain(block, stored)
-
-
-# Attributes of norm, conv, act and drop_path that `_is_plain` looks at.
+# Attributes of norm, conv, act and drop_path that `applies` looks at.
 _SETTINGS = (
     "normalized_shape", "eps", "_fast_norm",
     "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
@@ -125,8 +122,8 @@ _SETTINGS = (
 
 def again(block: Any, x: Tensor) -> Tensor | None:
     """The block's output, where it is as it was when `run` was called last; else None."""
-    seen = block.pack.seen
-    return cpu.gated_cnn_block(x, *seen.arguments) if seen is not None and seen.again(x) else None
+    arguments = known(block.pack, x)
+    return None if arguments is None else cpu.gated_cnn_block(x, *arguments)
 
 
 def run(block: Any, x: Tensor) -> Tensor:
@@ -142,9 +139,8 @@ def run(block: Any, x: Tensor) -> Tensor:
         fc2.weight, fc2.bias, scale,
     )  # fmt: skip
     y = _op(x, *parameters, norm.eps, block.op_act, in_bf16, block.pack.number)
-    if not torch.compiler.is_compiling() and not observed() and type(x) is Tensor:
-        arguments = (kept(block.pack), norm.eps, block.op_act)
-        children = block._modules
-        same = x is given
-        block.pack.seen = Seen(children, children.values(), _SETTINGS, parameters, x, arguments) if same else None
+    if x is given:
+        remember(block.pack, block, _SETTINGS, parameters, x, norm.eps, block.op_act)
+    elif not torch.compiler.is_compiling():
+        block.pack.seen = None
     return y

@@ -103,6 +103,15 @@ def _sizes(draw, most_channels: int) -> tuple[int, int, int, int]:
     return N, H, W, max(1, min(channels, most_channels, MOST_ELEMENTS // max(1, N * H * W)))
 
 
+def _how_to_run(draw, isas) -> dict:
+    return {
+        "seed": draw(st.integers(0, 2**31)),
+        "isa": draw(st.sampled_from(tuple(isas))),
+        "threads": draw(st.integers(1, 5)),
+        "at_begin": draw(st.booleans()),
+    }
+
+
 @st.composite
 def op_cases(draw, isas=("",), launched=False, dtypes=DTYPES, most_channels=341, kernel_sizes=(1, 3, 5, 7, 9, 11, 31)):
     """launched: for the launch interface, which takes no channels apart from each other."""
@@ -118,15 +127,21 @@ def op_cases(draw, isas=("",), launched=False, dtypes=DTYPES, most_channels=341,
         dtype=dtype,
         parameters=parameters,
         layouts=(draw(maps), draw(maps), draw(st.sampled_from(tuple(WEIGHT_LAYOUTS)))),
-        seed=draw(st.integers(0, 2**31)),
-        isa=draw(st.sampled_from(tuple(isas))),
-        threads=draw(st.integers(1, 5)),
-        at_begin=draw(st.booleans()),
+        **_how_to_run(draw, isas),
     )
 
 
+class _OfImages:
+    """A case with a shape, a dtype, a layout and a seed."""
+
+    @property
+    def x(self) -> Tensor:
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
+        return (LAYOUTS | CHANNELS_APART)[self.layout](x)
+
+
 @dataclass(frozen=True)
-class BlockCase:
+class BlockCase(_OfImages):
     shape: tuple[int, int, int, int]  # N, H, W, dim
     arguments: tuple[tuple[str, float], ...]  # of FusedGatedCNNBlock
     act: str
@@ -136,11 +151,6 @@ class BlockCase:
     isa: str
     threads: int
     at_begin: bool
-
-    @property
-    def x(self) -> Tensor:
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
-        return (LAYOUTS | CHANNELS_APART)[self.layout](x)
 
 
 _ACT_LAYERS = dict(zip(ACTIVATIONS, (nn.GELU, partial(nn.GELU, approximate="tanh"), nn.SiLU, nn.Identity), strict=True))
@@ -180,15 +190,12 @@ def block_cases(draw, isas=("",), launched=False):
         act=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
         layout=draw(st.sampled_from(tuple(LAYOUTS if launched else LAYOUTS | CHANNELS_APART))),
-        seed=draw(st.integers(0, 2**31)),
-        isa=draw(st.sampled_from(tuple(isas))),
-        threads=draw(st.integers(1, 5)),
-        at_begin=draw(st.booleans()),
+        **_how_to_run(draw, isas),
     )
 
 
 @dataclass(frozen=True)
-class DownsamplingCase:
+class DownsamplingCase(_OfImages):
     shape: tuple[int, int, int, int]  # N, H, W, channels
     out_channels: int
     has_bias: bool
@@ -200,11 +207,6 @@ class DownsamplingCase:
     isa: str
     threads: int
     at_begin: bool
-
-    @property
-    def x(self) -> Tensor:
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
-        return (LAYOUTS | CHANNELS_APART)[self.layout](x)
 
 
 def downsampling_and_outputs(case: DownsamplingCase) -> tuple[nn.Conv2d, nn.LayerNorm | None, Tensor, Tensor]:
@@ -247,8 +249,5 @@ def downsampling_cases(draw, isas=("",)):
         act=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
         layout=draw(st.sampled_from(tuple(LAYOUTS | CHANNELS_APART))),
-        seed=draw(st.integers(0, 2**31)),
-        isa=draw(st.sampled_from(tuple(isas))),
-        threads=draw(st.integers(1, 5)),
-        at_begin=draw(st.booleans()),
+        **_how_to_run(draw, isas),
     )
