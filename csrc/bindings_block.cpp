@@ -12,8 +12,7 @@ struct alignas(64) PackHeader {
 };
 constexpr std::int64_t kMagic = 0x4d616d62614f7574;
 
-Tensor pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor conv_weight,
-            Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor scale, bool bf16) {
+GatedCnnBlockShape shape_of(const Tensor& fc1_weight, const Tensor& conv_weight, bool bf16) {
   STD_TORCH_CHECK(fc1_weight.dim() == 2 && fc1_weight.size(0) % 2 == 0 && fc1_weight.numel() > 0,
                   "fc1_weight must be (2 * hidden, dim)");
   STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(1) == 1 && conv_weight.size(2) == conv_weight.size(3) &&
@@ -27,6 +26,19 @@ Tensor pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_
   shape.multiplied = bf16 ? DType::kBFloat16 : DType::kFloat32;
   STD_TORCH_CHECK(shape.C <= shape.D, "conv_weight must have at most hidden channels");
   STD_TORCH_CHECK(cpu::block_supports(shape.multiplied), "this processor multiplies no bfloat16");
+  return shape;
+}
+
+std::int64_t pack_bytes(const GatedCnnBlockShape& shape) {
+  return static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::block_pack_bytes(shape);
+}
+std::int64_t pack_bytes_for(Tensor fc1_weight, Tensor conv_weight, bool bf16) {
+  return pack_bytes(shape_of(fc1_weight, conv_weight, bf16));
+}
+
+void pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor conv_weight,
+          Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor scale, bool bf16, Tensor packed) {
+  const GatedCnnBlockShape shape = shape_of(fc1_weight, conv_weight, bf16);
   GatedCnnBlockParameters p;
   p.norm_weight = optional_parameter(norm_weight, shape.dim, "norm_weight");
   p.norm_bias = optional_parameter(norm_bias, shape.dim, "norm_bias");
@@ -38,10 +50,7 @@ Tensor pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_
   p.fc2_bias = optional_parameter(fc2_bias, shape.dim, "fc2_bias");
   p.scale = optional_parameter(scale, shape.dim, "scale");
 
-  const std::int64_t bytes = sizeof(PackHeader) + cpu::block_pack_bytes(shape);
-  Tensor packed = torch::stable::new_empty(fc1_weight, {bytes / 4});
-  auto* header = static_cast<PackHeader*>(packed.mutable_data_ptr());
-  STD_TORCH_CHECK(reinterpret_cast<std::uintptr_t>(header) % 64 == 0, "packed parameters must be 64-byte aligned");
+  auto* header = pack_memory<PackHeader>(packed, pack_bytes(shape));
   cpu::pack_block(shape, p, header + 1);
   *header = {kMagic,
              cpu::block_pack_id(shape),
@@ -50,7 +59,6 @@ Tensor pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_
              shape.C,
              shape.K,
              static_cast<std::int64_t>(shape.multiplied)};
-  return packed;
 }
 
 // The shape that was packed; nothing of it is believed that the size of the tensor does not bear out.
@@ -65,8 +73,7 @@ GatedCnnBlockShape packed_shape(const Tensor& packed) {
   const bool multiplied_known = shape.multiplied == DType::kFloat32 || shape.multiplied == DType::kBFloat16;
   STD_TORCH_CHECK(multiplied_known && cpu::block_supports(shape.multiplied) && header->id == cpu::block_pack_id(shape),
                   "packed is for another instruction set than the one in use; pack again");
-  STD_TORCH_CHECK(packed.numel() * 4 == static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::block_pack_bytes(shape),
-                  "packed has the wrong size");
+  STD_TORCH_CHECK(packed.numel() == pack_bytes(shape), "packed has the wrong size");
   return shape;
 }
 
@@ -99,13 +106,16 @@ Tensor gated_cnn_block(Tensor x, Tensor packed, double eps, std::int64_t act) {
 }  // namespace mambaout_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels_native, m) {
+  m.def("gated_cnn_block_pack_bytes_cpu(Tensor fc1_weight, Tensor conv_weight, bool bf16) -> int");
   m.def(
       "gated_cnn_block_pack_cpu(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor "
-      "conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor scale, bool bf16) -> Tensor");
+      "conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor scale, bool bf16, Tensor(a!) packed) "
+      "-> ()");
   m.def("gated_cnn_block_cpu(Tensor x, Tensor packed, float eps, int act) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels_native, CPU, m) {
+  m.impl("gated_cnn_block_pack_bytes_cpu", TORCH_BOX(&mambaout_kernels::pack_bytes_for));
   m.impl("gated_cnn_block_pack_cpu", TORCH_BOX(&mambaout_kernels::pack));
   m.impl("gated_cnn_block_cpu", TORCH_BOX(&mambaout_kernels::gated_cnn_block));
 }

@@ -12,7 +12,7 @@ struct alignas(64) PackHeader {
 };
 constexpr std::int64_t kMagic = 0x446f776e4d616d62;
 
-Tensor pack(Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, bool bf16) {
+DownsampleShape shape_of(const Tensor& weight, bool bf16) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0,
                   "weight must be (out_channels, in_channels, 3, 3)");
   DownsampleShape shape{};
@@ -20,19 +20,25 @@ Tensor pack(Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, bo
   shape.out_channels = weight.size(0);
   shape.multiplied = bf16 ? DType::kBFloat16 : DType::kFloat32;
   STD_TORCH_CHECK(cpu::downsample_supports(shape.multiplied), "this processor multiplies no bfloat16");
+  return shape;
+}
+
+std::int64_t pack_bytes(const DownsampleShape& shape) {
+  return static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::downsample_pack_bytes(shape);
+}
+std::int64_t pack_bytes_for(Tensor weight, bool bf16) { return pack_bytes(shape_of(weight, bf16)); }
+
+void pack(Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, bool bf16, Tensor packed) {
+  const DownsampleShape shape = shape_of(weight, bf16);
   DownsampleParameters p;
   p.weight = parameter(weight, weight.numel(), "weight");
   p.bias = optional_parameter(bias, shape.out_channels, "bias");
   p.norm_weight = optional_parameter(norm_weight, shape.out_channels, "norm_weight");
   p.norm_bias = optional_parameter(norm_bias, shape.out_channels, "norm_bias");
-  const std::int64_t bytes = sizeof(PackHeader) + cpu::downsample_pack_bytes(shape);
-  Tensor packed = torch::stable::new_empty(weight, {bytes / 4});
-  auto* header = static_cast<PackHeader*>(packed.mutable_data_ptr());
-  STD_TORCH_CHECK(reinterpret_cast<std::uintptr_t>(header) % 64 == 0, "packed parameters must be 64-byte aligned");
+  auto* header = pack_memory<PackHeader>(packed, pack_bytes(shape));
   cpu::pack_downsample(shape, p, header + 1);
   *header = {kMagic, cpu::downsample_pack_id(shape), shape.in_channels, shape.out_channels,
              static_cast<std::int64_t>(shape.multiplied)};
-  return packed;
 }
 
 // The shape that was packed; nothing of it is believed that the size of the tensor does not bear out.
@@ -46,9 +52,7 @@ DownsampleShape packed_shape(const Tensor& packed) {
   STD_TORCH_CHECK(
       multiplied_known && cpu::downsample_supports(shape.multiplied) && header->id == cpu::downsample_pack_id(shape),
       "packed is for another instruction set than the one in use; pack again");
-  STD_TORCH_CHECK(
-      packed.numel() * 4 == static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::downsample_pack_bytes(shape),
-      "packed has the wrong size");
+  STD_TORCH_CHECK(packed.numel() == pack_bytes(shape), "packed has the wrong size");
   return shape;
 }
 
@@ -86,11 +90,15 @@ Tensor downsample(Tensor x, Tensor packed, bool normed, double eps, std::int64_t
 }  // namespace mambaout_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels_native, m) {
-  m.def("downsample_pack_cpu(Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, bool bf16) -> Tensor");
+  m.def("downsample_pack_bytes_cpu(Tensor weight, bool bf16) -> int");
+  m.def(
+      "downsample_pack_cpu(Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, bool bf16, Tensor(a!) "
+      "packed) -> ()");
   m.def("downsample_cpu(Tensor x, Tensor packed, bool normed, float eps, int act, bool bf16) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels_native, CPU, m) {
+  m.impl("downsample_pack_bytes_cpu", TORCH_BOX(&mambaout_kernels::pack_bytes_for));
   m.impl("downsample_pack_cpu", TORCH_BOX(&mambaout_kernels::pack));
   m.impl("downsample_cpu", TORCH_BOX(&mambaout_kernels::downsample));
 }

@@ -17,14 +17,24 @@ inline const float* optional_parameter(const Tensor& tensor, std::int64_t count,
   return tensor.numel() == 0 ? nullptr : parameter(tensor, count, name);
 }
 
+inline bool holds_pack(const Tensor& packed) {
+  return packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+         reinterpret_cast<std::uintptr_t>(packed.const_data_ptr()) % 64 == 0;
+}
+
+// Where to write packed parameters and the header before them.
+template <typename Header>
+Header* pack_memory(const Tensor& packed, std::int64_t bytes) {
+  STD_TORCH_CHECK(holds_pack(packed) && packed.numel() == bytes, "packed must be ", bytes,
+                  " bytes on the CPU, contiguous, 64-byte aligned");
+  return static_cast<Header*>(packed.mutable_data_ptr());
+}
+
 template <typename Header>
 const Header* pack_header(const Tensor& packed, std::int64_t magic, const char* maker) {
-  check_cpu(packed, "packed");
-  const auto* header = static_cast<const Header*>(packed.const_data_ptr());
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
-                      packed.numel() * 4 >= static_cast<std::int64_t>(sizeof(Header)) &&
-                      reinterpret_cast<std::uintptr_t>(header) % 64 == 0 && header->magic == magic,
-                  "packed must come from ", maker);
+  const bool readable = holds_pack(packed) && packed.numel() >= static_cast<std::int64_t>(sizeof(Header));
+  const auto* header = readable ? static_cast<const Header*>(packed.const_data_ptr()) : nullptr;
+  STD_TORCH_CHECK(readable && header->magic == magic, "packed must come from ", maker);
   return header;
 }
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, huge_pages
 from .backends import cpu
 
-# What packed parameters were made from, and themselves, by the number of their Pack.
-_packs: dict[int, tuple[Any, Tensor]] = {}
+# What packed parameters were made from, themselves, and whose memory they are in, by the number of their Pack.
+_packs: dict[int, tuple[Any, Tensor, Any]] = {}
 
 
 class Pack:
@@ -80,14 +80,24 @@ def packed(
     number: int,
     parameters: Sequence[Tensor | None],
     bf16: bool,
-    make: Callable[[list[Tensor | None], bool], Tensor],
+    make: Callable[[list[Tensor | None], bool, Callable[[int], Tensor]], Tensor],
 ) -> Tensor:
-    """What `make` makes of the parameters in float32, contiguous; `bf16`: to be multiplied in bfloat16."""
+    """What `make` makes of the parameters in float32, contiguous; `bf16`: to be multiplied in bfloat16.
+
+    `make` is also given what gives it so many bytes of memory.
+    """
     memory = memory_of(parameters)
     key = (bf16, cpu.instruction_set(), [t is None for t in parameters], memory, cpu.fingerprint(memory))
     found = _packs.get(number)
     if found is not None and found[0] == key and all(count for _, count, _ in memory):
         return found[1]
-    made = make([None if t is None else t.detach().float().contiguous() for t in parameters], bf16)
-    _packs[number] = (key, made)
+    slabs: list[Any] = []
+
+    def empty(count: int) -> Tensor:
+        memory, slab = huge_pages.empty(count)
+        slabs.append(slab)
+        return memory
+
+    made = make([None if t is None else t.detach().float().contiguous() for t in parameters], bf16, empty)
+    _packs[number] = (key, made, slabs)
     return made

@@ -20,6 +20,7 @@ LAYERS = [
     "linear",
     "norm_linear",
     "causal",
+    "huge_pages",
     "packs",
     "seen",
     "whole_block",

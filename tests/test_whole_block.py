@@ -340,12 +340,12 @@ def test_packed_parameters_of_another_instruction_set_are_refused():
     before = cpu.module.cpu_capability()
     try:
         cpu.module.set_cpu_capability(supported[0])
-        packed = cpu.pack_block(parameters, False)
+        packed = cpu.pack_block(parameters, False, lambda count: torch.empty(count, dtype=torch.uint8))
         cpu.module.set_cpu_capability(supported[1])
         with pytest.raises(RuntimeError, match="packed is for another instruction set"):
             cpu.gated_cnn_block(torch.randn(1, 2, 2, 8), packed, 1e-6, "gelu")
         with pytest.raises(RuntimeError, match="packed must come from gated_cnn_block_pack_cpu"):
-            cpu.gated_cnn_block(torch.randn(1, 2, 2, 8), torch.zeros(4), 1e-6, "gelu")
+            cpu.gated_cnn_block(torch.randn(1, 2, 2, 8), torch.zeros(4, dtype=torch.uint8), 1e-6, "gelu")
     finally:
         cpu.module.set_cpu_capability(before)
 

@@ -64,44 +64,44 @@ struct Gate;
 template <>
 struct Gate<Act::kGelu, false> {
   template <typename X>
-  static X value(const X& x) {
+  [[gnu::always_inline]] static X value(const X& x) {
     return value_from<GeluValue<kPieces>>(x);
   }
   template <typename X>
-  static X slope(const X& x) {
+  [[gnu::always_inline]] static X slope(const X& x) {
     return slope_from<GeluSlope<kPieces>>(x);
   }
 };
 template <>
 struct Gate<Act::kGelu, true> {
   template <typename X>
-  static X value(const X& x) {
+  [[gnu::always_inline]] static X value(const X& x) {
     return value_from<GeluValueHalf<kPieces>>(x);
   }
   template <typename X>
-  static X slope(const X& x) {
+  [[gnu::always_inline]] static X slope(const X& x) {
     return slope_from<GeluSlopeHalf<kPieces>>(x);
   }
 };
 template <>
 struct Gate<Act::kGeluTanh, false> {
   template <typename X>
-  static X value(const X& x) {
+  [[gnu::always_inline]] static X value(const X& x) {
     return value_from<GeluTanhValue<kPieces>>(x);
   }
   template <typename X>
-  static X slope(const X& x) {
+  [[gnu::always_inline]] static X slope(const X& x) {
     return slope_from<GeluTanhSlope<kPieces>>(x);
   }
 };
 template <>
 struct Gate<Act::kGeluTanh, true> {
   template <typename X>
-  static X value(const X& x) {
+  [[gnu::always_inline]] static X value(const X& x) {
     return value_from<GeluTanhValueHalf<kPieces>>(x);
   }
   template <typename X>
-  static X slope(const X& x) {
+  [[gnu::always_inline]] static X slope(const X& x) {
     return slope_from<GeluTanhSlopeHalf<kPieces>>(x);
   }
 };
@@ -109,11 +109,11 @@ struct Gate<Act::kGeluTanh, true> {
 template <bool kHalf>
 struct Gate<Act::kSilu, kHalf> {
   template <typename X>
-  static X value(const X& x) {
+  [[gnu::always_inline]] static X value(const X& x) {
     return x * sigmoid(x);
   }
   template <typename X>
-  static X slope(const X& x) {
+  [[gnu::always_inline]] static X slope(const X& x) {
     const X s = sigmoid(x);
     return fma(x * s, broadcast(1.0f) - s, s);
   }
@@ -122,7 +122,7 @@ struct Gate<Act::kSilu, kHalf> {
 template <bool kHalf>
 struct Gate<Act::kIdentity, kHalf> {
   template <typename X>
-  static X value(const X& x) {
+  [[gnu::always_inline]] static X value(const X& x) {
     return x;
   }
   static Vec slope(Vec) { return broadcast(1.0f); }

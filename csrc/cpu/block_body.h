@@ -229,15 +229,30 @@ class BlockRunner {
         Products::template tile<kTileRows>(a, window_.step1, panels, at_.depth1, g, ahead);
         Products::template tile<kTileRows>(a, window_.step1, panels + at_.panel1, at_.depth1, i,
                                            {ahead.at + at_.panel1, ahead.step});
-        Element* y = y_ + p * window_.step2 + d;
-        for (int r = 0; r < kTileRows; ++r) {
-          for (int v = 0; v < kColumns; v += L) {
-            const Vec gate = GateOf<act, Element>::value(load(g + r * kColumns + v) + load(gate_bias + v));
-            store(y + r * window_.step2 + v, gate * (load(i + r * kColumns + v) + load(bias + v)));
-          }
-        }
+        store_gated<kTileRows>(g, gate_bias, y_ + p * window_.step2 + d,
+                               [&](int r, int v) { return load(i + r * kColumns + v * L) + load(bias + v * L); });
       });
     }
+  }
+
+  // y = act(g + bias) * other(r, v) for pixels r and vectors v of a tile
+  template <int kTileRows, typename Other>
+  [[gnu::always_inline]] void store_gated(const float* g, const float* bias, Element* y, const Other& other) const {
+    const auto store_vectors = [&](auto count, int first) {
+      constexpr int kCount = decltype(count)::value;
+      const auto gates = GateOf<act, Element>::value(
+          each<kCount>([&](int k) { return load(g + (first + k) * L) + load(bias + (first + k) % 2 * L); }));
+#pragma GCC unroll 8
+      for (int k = 0; k < kCount; ++k) {
+        const int r = (first + k) / 2, v = (first + k) % 2;
+        store(y + r * window_.step2 + v * L, gates.part[k] * other(r, v));
+      }
+    };
+    constexpr int kVectors = 2 * kTileRows, kRest = kVectors % Vec::kTogether;
+    for (int first = 0; first < kVectors - kRest; first += Vec::kTogether) {
+      store_vectors(Constant<Vec::kTogether>{}, first);
+    }
+    if constexpr (kRest > 0) store_vectors(Constant<kRest>{}, kVectors - kRest);
   }
 
   // y = act(g) * dwconv(c) on rows [h0, h1)
@@ -253,13 +268,8 @@ class BlockRunner {
         constexpr int kTileRows = decltype(tile)::value;
         Products::template tile<kTileRows>(a, window_.step1, panel, at_.depth1, tiles_,
                                            share_ahead(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
-        Element* y = y_ + p * window_.step2 + at_.identity + d;
-        for (int r = 0; r < kTileRows; ++r) {
-          for (int v = 0; v < 2; ++v) {
-            const Vec gate = GateOf<act, Element>::value(load(tiles_ + r * kColumns + v * L) + load(bias + v * L));
-            store(y + r * window_.step2 + v * L, gate * load(s_ + (v * pixels + p + r) * L));
-          }
-        }
+        store_gated<kTileRows>(tiles_, bias, y_ + p * window_.step2 + at_.identity + d,
+                               [&](int r, int v) { return load(s_ + (v * pixels + p + r) * L); });
       });
     }
   }

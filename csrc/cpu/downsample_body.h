@@ -44,11 +44,14 @@ class DownsampleRunner {
         patches_(static_cast<Element*>(part(window_.patches))) {}
 
   void run() const {
-    const std::int64_t first = 2 * task_.h0 - 1, last = 2 * task_.h1;  // rows of x
-    for (std::int64_t h = first; h < last; ++h) {
-      if (h >= 0 && h < call_.H) copy_row(h, x_ + (h - first) * window_.row);
+    if (few_channels()) {
+      for (std::int64_t h = task_.h0; h < task_.h1; ++h) gather_patches(h);
+    } else {
+      const std::int64_t first = 2 * task_.h0 - 1, last = 2 * task_.h1;  // rows of x
+      for (std::int64_t h = first; h < last; ++h) {
+        if (h >= 0 && h < call_.H) copy_row(h, x_ + (h - first) * window_.row);
+      }
     }
-    for (std::int64_t h = task_.h0; h < task_.h1 && window_.patches > 0; ++h) gather_patches(h);
     for (std::int64_t j = 0; j < at_.out; j += kColumns) {
       for (std::int64_t h = task_.h0; h < task_.h1; ++h) multiply_row(h, j);
     }
@@ -61,6 +64,8 @@ class DownsampleRunner {
   const T* packed(std::int64_t offset) const {
     return reinterpret_cast<const T*>(static_cast<const char*>(call_.packed) + offset);
   }
+
+  bool few_channels() const { return window_.patches > 0; }
 
   // Row h of x, as multiplied, between a pixel of zeros on each side.
   void copy_row(std::int64_t h, Element* to) const {
@@ -89,21 +94,17 @@ class DownsampleRunner {
     const Vec bias0 = load(bias), bias1 = load(bias + L);
     for_each_gemm_tile<Products::kRows>(0, width_, [&](auto rows, std::int64_t w) {
       constexpr int kTileRows = decltype(rows)::value;
-      for (int r = 0; r < kTileRows; ++r) {
-        store(tile_ + r * kColumns, bias0);
-        store(tile_ + r * kColumns + L, bias1);
-      }
-      if (window_.patches > 0) {
+      if (few_channels()) {
         const Ahead ahead = {panel + at_.panel, at_.panel / (3 * depth / Products::kTermsOfStep)};
         const Element* patches = patches_ + ((h - task_.h0) * width_ + w) * 3 * depth;
-        Products::template tile<kTileRows, true>(patches, 3 * depth, panel, 3 * depth, tile_, ahead);
+        Products::template tile<kTileRows>(patches, 3 * depth, panel, 3 * depth, tile_, ahead);
       } else {
         multiply_filter_rows<kTileRows>(h, w, panel);
       }
       float* to = sums_ + ((h - task_.h0) * width_ + w) * at_.out + j;
       for (int r = 0; r < kTileRows; ++r, to += at_.out) {
-        store(to, load(tile_ + r * kColumns));
-        store(to + L, load(tile_ + r * kColumns + L));
+        store(to, load(tile_ + r * kColumns) + bias0);
+        store(to + L, load(tile_ + r * kColumns + L) + bias1);
       }
     });
   }
@@ -111,31 +112,41 @@ class DownsampleRunner {
   template <int kTileRows>
   void multiply_filter_rows(std::int64_t h, std::int64_t w, const char* panel) const {
     const std::int64_t depth = 3 * at_.channels, row_bytes = at_.panel / 3;
+    bool first = true;
     for (int kh = 0; kh < 3; ++kh) {
       const std::int64_t from = 2 * h + kh - 1;
       if (from < 0 || from >= call_.H) continue;
       const Element* a = x_ + (from - (2 * task_.h0 - 1)) * window_.row + 2 * w * at_.channels;
       const Ahead ahead = {panel + at_.panel + kh * row_bytes, row_bytes / (depth / Products::kTermsOfStep)};
-      Products::template tile<kTileRows, true>(a, 2 * at_.channels, panel + kh * row_bytes, depth, tile_, ahead);
+      const auto multiply = first ? Products::template tile<kTileRows> : Products::template tile<kTileRows, true>;
+      multiply(a, 2 * at_.channels, panel + kh * row_bytes, depth, tile_, ahead);
+      first = false;
     }
   }
 
-  // What the filter covers at each output of row h, side by side: of few channels, three short products cost more than
-  // this copy.
+  // What the filter covers at each output of row h, side by side and as multiplied: of few channels, three short
+  // products cost more than this copy.
   void gather_patches(std::int64_t h) const {
-    const std::int64_t depth = 3 * at_.channels;
-    Element* to = patches_ + (h - task_.h0) * width_ * 3 * depth;
-    for (std::int64_t w = 0; w < width_; ++w) {
-      for (int kh = 0; kh < 3; ++kh, to += depth) {
-        const std::int64_t from = 2 * h + kh - 1;
-        if (from < 0 || from >= call_.H) {
-          __builtin_memset(to, 0, depth * sizeof(Element));
-        } else {
-          const Element* a = x_ + (from - (2 * task_.h0 - 1)) * window_.row + 2 * w * at_.channels;
-          for (std::int64_t k = 0; k < depth; ++k) to[k] = a[k];
-        }
-      }
+    const std::int64_t channels = at_.channels, depth = 9 * channels, step = 2 * call_.x.stride_w;
+    const auto* image = static_cast<const In*>(call_.x.data) + task_.n * call_.x.stride_n;
+    Element* patches = patches_ + (h - task_.h0) * width_ * depth;
+    for (std::int64_t k = 0; k < depth; ++k) {
+      const std::int64_t c = k % channels, column = k / channels % 3 - 1, row = 2 * h + k / channels / 3 - 1;
+      const bool inside = c < call_.shape.in_channels && row >= 0 && row < call_.H;
+      // The outputs w with 2 * w + column a column of x.
+      const std::int64_t begin = column < 0 ? 1 : 0, end = inside ? smaller(width_, (call_.W + 1 - column) / 2) : 0;
+      const std::int64_t from = row * call_.x.stride_h + column * call_.x.stride_w + c * call_.x_stride_c;
+      gather(image + (begin < end ? from + begin * step : 0), step, begin, end, patches + k, depth);
     }
+  }
+
+  // Of every output, to[.. * to_step]: those in [begin, end) from `from` on, zero the others.
+  [[gnu::noinline]] void gather(const In* from, std::int64_t step, std::int64_t begin, std::int64_t end, Element* to,
+                                std::int64_t to_step) const {
+    std::int64_t w = 0;
+    for (; w < begin; ++w, to += to_step) *to = Element{};
+    for (; w < end; ++w, to += to_step, from += step) *to = as<Element>(*from);
+    for (; w < width_; ++w, to += to_step) *to = Element{};
   }
 
   void finish() const {

@@ -64,13 +64,14 @@ DownsampleWindow downsample_window(const DownsampleCall& call, const DownsampleP
                                    std::int64_t rows) {
   DownsampleWindow w;
   // The last output of an odd row reads one pixel beyond the right one of zeros.
+  const bool few = at.channels <= kFewChannels;
   w.row = (call.W + 3) * at.channels;
   w.x = 0;
-  w.sums = w.x + align_up((2 * rows + 1) * w.row * element_bytes);
+  w.sums = w.x + (few ? 0 : align_up((2 * rows + 1) * w.row * element_bytes));
   w.tile = w.sums + align_up(rows * call.out_width() * at.out * 4);
   w.total = w.tile + align_up(kMaxTileRows * at.columns * 4);
   w.patches = 0;
-  if (at.channels <= kFewChannels) {
+  if (few) {
     w.patches = w.total;
     w.total += align_up(rows * call.out_width() * 9 * at.channels * element_bytes);
   }

@@ -27,10 +27,10 @@ struct DownsampleTask {
 // What a task keeps at hand; offsets in bytes.
 struct DownsampleWindow {
   std::int64_t row;      // elements of a row of x: [W + 2][channels] and what the last tile reads beyond
-  std::int64_t x;        // [2 * rows + 1][row], as multiplied
+  std::int64_t x;        // [2 * rows + 1][row], as multiplied; not of few channels
   std::int64_t sums;     // [rows * out_width][out] fp32
   std::int64_t tile;     // [kMaxTileRows][columns] fp32
-  std::int64_t patches;  // [rows * out_width][3 * 3 * channels], as multiplied; 0 for many channels
+  std::int64_t patches;  // [rows * out_width][3 * 3 * channels], as multiplied; 0 but for few channels
   std::int64_t total;
 };
 

@@ -1,5 +1,6 @@
 """The compiled CPU kernels (csrc/cpu): AVX-512, AVX2 or portable, chosen when the module loads."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,9 @@ try:
     module, _reason = _C, None
     _forward = torch.ops.mambaout_kernels_native.gated_dwconv_cpu.default
     _backward = torch.ops.mambaout_kernels_native.gated_dwconv_backward_cpu.default
+    _block_pack_bytes = torch.ops.mambaout_kernels_native.gated_cnn_block_pack_bytes_cpu.default
     _pack_block = torch.ops.mambaout_kernels_native.gated_cnn_block_pack_cpu.default
+    _downsample_pack_bytes = torch.ops.mambaout_kernels_native.downsample_pack_bytes_cpu.default
     _pack_downsample = torch.ops.mambaout_kernels_native.downsample_pack_cpu.default
     _downsample = torch.ops.mambaout_kernels_native.downsample_cpu.default
     linear = torch.ops.mambaout_kernels_native.linear_cpu.default
@@ -84,10 +87,10 @@ def unchanged(
     return bool(module.unchanged(entries, types, empty, tensors))
 
 
-def pack_block(parameters: list[Tensor | None], bf16: bool) -> Tensor:
+def pack_block(parameters: list[Tensor | None], bf16: bool, empty: Callable[[int], Tensor]) -> Tensor:
     """A block's parameters as the kernels read them: norm, fc1, conv, fc2 (weight, bias each), scale; float32.
 
-    None for what is not there. bf16: to be multiplied in bfloat16.
+    None for what is not there. bf16: to be multiplied in bfloat16. `empty` gives so many bytes, 64-byte aligned.
     """
     fc1_weight = parameters[2]
     assert fc1_weight is not None
@@ -95,7 +98,9 @@ def pack_block(parameters: list[Tensor | None], bf16: bool) -> Tensor:
     given = [nothing if p is None else p for p in parameters]
     if parameters[4] is None:
         given[4] = fc1_weight.new_empty(0, 1, 1, 1)
-    return _pack_block(*given, bf16)
+    packed = empty(_block_pack_bytes(fc1_weight, given[4], bf16))
+    _pack_block(*given, bf16, packed)
+    return packed
 
 
 def gated_cnn_block(x: Tensor, packed: Tensor, eps: float, act: str) -> Tensor:
@@ -103,11 +108,13 @@ def gated_cnn_block(x: Tensor, packed: Tensor, eps: float, act: str) -> Tensor:
     return _block(x, packed, eps, _ACT_CODES[act])
 
 
-def pack_downsample(parameters: list[Tensor | None], bf16: bool) -> Tensor:
-    """A 3 x 3 convolution's weight and bias, and its norm's, as the kernels read them; float32, None as above."""
+def pack_downsample(parameters: list[Tensor | None], bf16: bool, empty: Callable[[int], Tensor]) -> Tensor:
+    """A 3 x 3 convolution's weight and bias, and its norm's, as the kernels read them; the rest as above."""
     weight = parameters[0]
     assert weight is not None
-    return _pack_downsample(*(weight.new_empty(0) if p is None else p for p in parameters), bf16)
+    packed = empty(_downsample_pack_bytes(weight, bf16))
+    _pack_downsample(*(weight.new_empty(0) if p is None else p for p in parameters), bf16, packed)
+    return packed
 
 
 def downsample(x: Tensor, packed: Tensor, normed: bool, eps: float, act: str, bf16: bool) -> Tensor:
