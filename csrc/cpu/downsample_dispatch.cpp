@@ -11,7 +11,7 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-// Pixels of a task: as many as let the panels of weights, streamed from L2 or L3 once per task, cost little.
+// The most pixels of a task: as many as let the panels of weights, streamed from L2 or L3 once per task, cost little.
 constexpr std::int64_t kTaskPixels = 112;
 // Up to so many, the filter's nine pixels are multiplied in one product.
 constexpr std::int64_t kFewChannels = 8;
@@ -48,14 +48,21 @@ DownsamplePack lay_out(const DownsampleShape& shape, const DownsampleKernels& ke
   return at;
 }
 
-// Rows of the output in one task.
-std::int64_t rows_of_task(const DownsampleCall& call, const DownsamplePack& at, int element_bytes, int num_threads) {
-  const std::int64_t height = call.out_height(), row_bytes = (call.W + 2) * at.channels * element_bytes;
-  std::int64_t rows = std::max<std::int64_t>(1, kTaskPixels / std::max<std::int64_t>(1, call.out_width()));
-  rows = std::min(rows, std::max<std::int64_t>(1, (kWindowBytes / row_bytes - 1) / 2));
-  // No more of them than leave each thread something to do.
-  const std::int64_t share = ceil_div(call.N * height, num_threads);
-  return std::max<std::int64_t>(1, std::min({rows, height, share}));
+// Into how many strips of rows an image is cut.
+std::int64_t strips_of(const DownsampleCall& call, const DownsamplePack& at, int element_bytes, int num_threads) {
+  const std::int64_t height = call.out_height(), row_bytes = (call.W + 3) * at.channels * element_bytes;
+  const std::int64_t fitting = std::max<std::int64_t>(1, (kWindowBytes / row_bytes - 1) / 2);
+  const std::int64_t most = std::max<std::int64_t>(1, kTaskPixels / std::max<std::int64_t>(1, call.out_width()));
+  // Rows until the last thread is done.
+  const auto time = [&](std::int64_t strips) {
+    return ceil_div(call.N * strips, num_threads) * ceil_div(height, strips);
+  };
+  std::int64_t best = ceil_div(height, std::min({fitting, most, height}));
+  const std::int64_t last = std::min<std::int64_t>(height, best + 2 * num_threads);
+  for (std::int64_t strips = best + 1; strips <= last; ++strips) {
+    if (time(strips) < time(best)) best = strips;
+  }
+  return best;
 }
 
 }  // namespace
@@ -109,7 +116,7 @@ std::int64_t downsample_workspace_bytes(const DownsampleCall& call, int num_thre
   if (call.N * call.H * call.W == 0) return kLine;
   const DownsampleKernels& kernels = *kernels_of(call.shape);
   const DownsamplePack at = lay_out(call.shape, kernels);
-  const std::int64_t rows = rows_of_task(call, at, kernels.element_bytes, num_threads);
+  const std::int64_t rows = ceil_div(call.out_height(), strips_of(call, at, kernels.element_bytes, num_threads));
   return num_threads * downsample_window(call, at, kernels.element_bytes, rows).total + kLine;
 }
 
@@ -117,9 +124,8 @@ void downsample_forward(const DownsampleCall& call, int num_threads, void* works
   if (call.N * call.H * call.W == 0) return;
   const DownsampleKernels& kernels = *kernels_of(call.shape.multiplied, call.in_dtype, call.out_dtype);
   const DownsamplePack at = lay_out(call.shape, kernels);
-  const std::int64_t height = call.out_height(), rows = rows_of_task(call, at, kernels.element_bytes, num_threads);
-  const std::int64_t bytes = downsample_window(call, at, kernels.element_bytes, rows).total;
-  const std::int64_t strips = ceil_div(height, rows);
+  const std::int64_t height = call.out_height(), strips = strips_of(call, at, kernels.element_bytes, num_threads);
+  const std::int64_t bytes = downsample_window(call, at, kernels.element_bytes, ceil_div(height, strips)).total;
   char* base = align_up(workspace);
   run_tasks(call.N * strips, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     const std::int64_t strip = task % strips;
