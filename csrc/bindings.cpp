@@ -14,7 +14,7 @@
 
 #include "bindings_common.h"
 #include "cpu/gated_cnn_block_cpu.h"
-#include "unchanged.h"
+#include "snapshot.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -91,25 +91,6 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
                  dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
                 num_threads, workspace.data(), parallel_for);
   return {du, dweight, dbias};
-}
-
-// A hash of some of the values of each (address, bytes): told apart from what it was when all of them have changed, as
-// after an optimizer's step, whatever way they were written.
-using Memory = std::vector<std::tuple<std::uintptr_t, std::uint64_t, std::int64_t>>;  // the last is any number
-constexpr std::uint64_t kFewestSamples = 64, kBytesPerSample = 32768;
-std::uint64_t fingerprint(const Memory& memory) {
-  std::uint64_t hash = 14695981039346656037u;
-  for (const auto& [address, bytes, version] : memory) {
-    const auto* words = reinterpret_cast<const std::uint16_t*>(address);
-    const std::uint64_t count = bytes / 2, samples = std::min(count, std::max(kFewestSamples, bytes / kBytesPerSample));
-    for (std::uint64_t i = 0; i < samples; ++i) {
-      // Of fp32 both halves: an odd number of words apart, 2 bytes each.
-      const std::uint64_t at = i * (count - 1) / (samples > 1 ? samples - 1 : 1);
-      hash = (hash ^ (words[at & ~std::uint64_t{1}] | static_cast<std::uint64_t>(words[at | (at + 1 < count)]) << 16)) *
-             1099511628211u;
-    }
-  }
-  return hash;
 }
 
 constexpr cpu::Isa kIsas[] = {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16};
@@ -203,10 +184,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
   m.def("fingerprint", &fingerprint, pybind11::arg("memory"),
         "A hash of samples of each (address, bytes, _) of memory, which must be readable.");
-  m.def("unchanged", &unchanged, pybind11::arg("entries"), pybind11::arg("types"), pybind11::arg("empty"),
-        pybind11::arg("tensors"),
-        "Whether every (dict, key, value) of entries (Ellipsis: no such key), every (object, type) of types and every "
-        "(tensor, data_ptr, _version or None, dtype, stride) of tensors is as it says, and all of empty is.");
+  pybind11::class_<Snapshot>(m, "Snapshot", "What Python objects were; it holds no references to them.")
+      .def(pybind11::init<const pybind11::list&, const pybind11::list&, const pybind11::list&, const pybind11::list&,
+                          Memory>(),
+           pybind11::arg("entries"), pybind11::arg("types"), pybind11::arg("sizes"), pybind11::arg("tensors"),
+           pybind11::arg("memory"),
+           "Of every (dict, key, value) of entries (Ellipsis: no such key), (object, type) of types, (container, "
+           "size) of sizes, (tensor, data_ptr, _version or None, dtype, stride) of tensors, and of memory as for "
+           "fingerprint.")
+      .def("holds", &Snapshot::holds, "Whether all of it is as it was.");
   m.def("fma_flops", &fma_flops, pybind11::arg("bf16"), pybind11::arg("milliseconds"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "FLOP/s of each of torch's threads, all at once: multiply-adds on registers, in fp32 or of bf16 pairs. Raises "

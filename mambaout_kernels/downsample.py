@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import seen
 from .backends import cpu
 from .linear import hooked
 from .norm_linear import is_layer_norm
 from .packs import Pack, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
-from .seen import known, remember
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
@@ -99,8 +99,7 @@ _SETTINGS = (
 
 def again(pack: Pack, x: Tensor) -> Tensor | None:
     """The output, where everything is as it was when `run` was called last with this pack; else None."""
-    arguments = known(pack, x)
-    return None if arguments is None else cpu.downsample(x, *arguments)
+    return seen.again(pack, cpu.downsample, x)
 
 
 def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack, owner: nn.Module) -> Tensor:
@@ -113,5 +112,8 @@ def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack, owner: nn.Mo
     dtype = torch.bfloat16 if low_precision(x) else torch.float32
     multiply_bf16 = low_precision(x) and cpu.multiplies_bf16()
     y = _op(x, *parameters, norm is not None, eps, act_name, dtype, multiply_bf16, pack.number)
-    remember(pack, owner, _SETTINGS, parameters, x, norm is not None, eps, act_name, dtype == torch.bfloat16)
+    seen.remember(
+        pack, owner, _SETTINGS, parameters, cpu.downsample, x, y, norm is not None, eps, act_name,
+        dtype == torch.bfloat16,
+    )  # fmt: skip
     return y

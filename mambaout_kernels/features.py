@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import trunk
+from .packs import Pack
+
 OUTPUT_FORMATS = ("NCHW", "NHWC")
 
 
@@ -20,6 +23,7 @@ class Stages(nn.Module):
     downsample_layers: nn.ModuleList
     stages: nn.ModuleList
     in_chans: int
+    pack: Pack
     grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -43,9 +47,20 @@ class Stages(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) to (N, H/32, W/32, dims[-1]), each halving rounded up; channels last, not normed."""
         self.check_images(x)
+        if type(self).run_stage is not Stages.run_stage or "run_stage" in vars(self):
+            return self._run_stages(x)
+        return trunk.call(self.pack, self._trunk_modules, self._run_stages, x)
+
+    def _run_stages(self, x: torch.Tensor) -> torch.Tensor:
         for stage in range(len(self.stages)):
             x = self.run_stage(stage, x)
         return x
+
+    def _trunk_modules(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Those whose children `run_stage` goes through, and those that it calls, or that these call."""
+        stages: list[Any] = list(self.stages)
+        blocks = [block for stage in stages for block in stage]
+        return [self, self.downsample_layers, self.stages, *stages], [*self.downsample_layers, *stages, *blocks]
 
     def forward_intermediates(
         self,

@@ -245,6 +245,7 @@ class MambaOut(Stages):
         self.norm = norm_layer(dims[-1])
         head_norm = norm_layer(self.head_hidden_size) if head_fn == "default" else None
         self.head = Head(dims[-1], self.head_hidden_size, num_classes, head_norm, drop_rate)
+        self.pack = Pack()
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:

@@ -4,7 +4,10 @@ Whether an op on packed parameters may run in place of modules depends on dozens
 that takes a thirtieth of the time of a whole model in Python, a hundredth of that here.
 """
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from .packs import Pack, kept, memory_of
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
-def _observed() -> bool:
+def observed() -> bool:
     """Whether somebody looks at every operator that is called: a compiler, a tracer, a dispatch mode."""
     if torch.compiler.is_compiling() or _dispatch_modes is None:
         return True
@@ -31,44 +34,93 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
     return type(x), x.dtype, x.device.type, torch.is_grad_enabled(), autocast, backends.forced(), cpu.instruction_set()
 
 
-class Seen:
-    """What a call found, by which the next one is told to be its like; see `remember`."""
+@dataclass
+class Objects:
+    """What an answer depends on, as cpu.snapshot takes it."""
 
-    def __init__(
-        self,
-        children: dict[str, Any],
-        settings: Sequence[str],
-        parameters: Iterable[Tensor | None],
-        x: Tensor,
-        arguments: tuple[Any, ...],
-    ):
-        self.arguments = arguments
-        self._mode = _mode(x)
-        modules = [m for m in children.values() if m is not None]
-        packed = [p for p in parameters if p is not None]
-        self._types = [(m, type(m)) for m in modules]
-        self._empty = [getattr(m, name) for m in modules for name in HOOKS]
-        self._entries = [(children, name, child) for name, child in children.items()]
+    entries: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    types: list[tuple[Any, type]] = field(default_factory=list)
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    tensors: list[tuple[Any, ...]] = field(default_factory=list)
+    memory: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def add_called(self, modules: Iterable[nn.Module], settings: Sequence[str] = ()) -> None:
+        """Modules whose class's forward has to be all that calling them does; and attributes of theirs."""
         for m in modules:
             attributes = vars(m)
-            self._entries += [(attributes, name, attributes.get(name, ...)) for name in (*HOOKS, *settings, "forward")]
-            self._entries += [(m._parameters, name, p) for name, p in m._parameters.items()]
-        self._tensors = [
-            (p, p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.stride()) for p in packed
+            self.types.append((m, type(m)))
+            self.sizes += [(getattr(m, name), 0) for name in HOOKS]
+            self.entries += [(attributes, name, attributes.get(name, ...)) for name in (*HOOKS, *settings, "forward")]
+
+    def add_entries(self, entries: dict[str, Any]) -> None:
+        self.entries += [(entries, name, value) for name, value in entries.items()]
+
+    def add_parameters(self, parameters: Iterable[Tensor]) -> None:
+        parameters = list(parameters)
+        self.tensors += [
+            (p, p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.stride()) for p in parameters
         ]
-        self._memory = memory_of(packed)
-        self._fingerprint = cpu.fingerprint(self._memory)
-        self._lasting = all(bytes for _, bytes, _ in self._memory)
+        self.memory += memory_of(parameters)
+
+    def add(self, other: "Objects") -> None:
+        for part in fields(self):
+            getattr(self, part.name).extend(getattr(other, part.name))
+
+
+class Seen:
+    """What a call with x found, by which the next one is told to be its like."""
+
+    def __init__(self, objects: Objects, x: Tensor, arguments: tuple[Any, ...]):
+        self.objects = objects
+        self.arguments = arguments
+        self._mode = _mode(x)
+        self._snapshot = cpu.snapshot(*(getattr(objects, part.name) for part in fields(objects)))
+        self._lasting = all(bytes for _, bytes, _ in objects.memory)
 
     def again(self, x: Tensor) -> bool:
         """Whether the modules, asked for x, would do what they did."""
-        return (
-            self._lasting
-            and not _observed()
-            and _mode(x) == self._mode
-            and cpu.unchanged(self._entries, self._types, self._empty, self._tensors)
-            and cpu.fingerprint(self._memory) == self._fingerprint
-        )
+        return self._lasting and not observed() and _mode(x) == self._mode and bool(self._snapshot.holds())
+
+
+Run = Callable[..., Tensor]  # of a native op: (x, *arguments)
+
+
+class Recording:
+    """Native ops that ran one after the other, each on what the one before gave."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Run, Seen]] = []
+        self.first: Tensor | None = None
+        self.last: Tensor | None = None
+        self.chained = True
+
+    def add(self, run: Run, seen: Seen, x: Tensor, y: Tensor) -> None:
+        if self.first is None:
+            self.first = x
+        else:
+            self.chained = self.chained and x is self.last
+        self.last = y
+        self.steps.append((run, seen))
+
+
+_recordings = threading.local()
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """What runs inside, in this thread."""
+    before = getattr(_recordings, "now", None)
+    _recordings.now = Recording()
+    try:
+        yield _recordings.now
+    finally:
+        _recordings.now = before
+
+
+def _record(run: Run, seen: Seen, x: Tensor, y: Tensor) -> None:
+    now: Recording | None = getattr(_recordings, "now", None)
+    if now is not None:
+        now.add(run, seen, x, y)
 
 
 def remember(
@@ -76,7 +128,9 @@ def remember(
     owner: nn.Module,
     settings: Sequence[str],
     parameters: Iterable[Tensor | None],
+    run: Run,
     x: Tensor,
+    y: Tensor,
     *arguments: Any,
 ) -> None:
     """Let the next call with this pack be known, unless somebody looks at every operator.
@@ -86,15 +140,29 @@ def remember(
         owner: the module that called; the types, hooks and parameters of its children count.
         settings: attributes that count, of whichever of the children has them.
         parameters: what was packed.
-        x: what the native op was given, besides the packed parameters and `arguments`.
+        run, x, y: the native op, what it was given besides the packed parameters and `arguments`, and what it gave.
     """
-    if not _observed() and type(x) is Tensor:
-        pack.seen = Seen(owner._modules, settings, parameters, x, (kept(pack), *arguments))
+    if observed() or type(x) is not Tensor:
+        return
+    children = owner._modules
+    modules = [m for m in children.values() if m is not None]
+    objects = Objects()
+    objects.add_entries(children)
+    objects.add_called(modules, settings)
+    for m in modules:
+        objects.add_entries(m._parameters)
+    objects.add_parameters(p for p in parameters if p is not None)
+    pack.seen = Seen(objects, x, (kept(pack), *arguments))
+    _record(run, pack.seen, x, y)
 
 
-def known(pack: Pack, x: Tensor) -> tuple[Any, ...] | None:
-    """What to give the native op after x, where everything is as it was at the last call; else None."""
+def again(pack: Pack, run: Run, x: Tensor) -> Tensor | None:
+    """What the native op gives for x, where everything is as it was at the last call with this pack; else None."""
     if torch.compiler.is_compiling():
         return None
     seen: Seen | None = pack.seen
-    return seen.arguments if seen is not None and seen.again(x) else None
+    if seen is None or not seen.again(x):
+        return None
+    y = run(x, *seen.arguments)
+    _record(run, seen, x, y)
+    return y

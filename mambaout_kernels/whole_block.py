@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import seen
 from .backends import cpu
 from .causal import CausalConv2d
 from .linear import hooked
 from .norm_linear import is_layer_norm
 from .packs import low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
-from .seen import known, remember
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
@@ -122,8 +122,7 @@ _SETTINGS = (
 
 def again(block: Any, x: Tensor) -> Tensor | None:
     """The block's output, where it is as it was when `run` was called last; else None."""
-    arguments = known(block.pack, x)
-    return None if arguments is None else cpu.gated_cnn_block(x, *arguments)
+    return seen.again(block.pack, cpu.gated_cnn_block, x)
 
 
 def run(block: Any, x: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ def run(block: Any, x: Tensor) -> Tensor:
     )  # fmt: skip
     y = _op(x, *parameters, norm.eps, block.op_act, in_bf16, block.pack.number)
     if x is given:
-        remember(block.pack, block, _SETTINGS, parameters, x, norm.eps, block.op_act)
+        seen.remember(block.pack, block, _SETTINGS, parameters, cpu.gated_cnn_block, x, y, norm.eps, block.op_act)
     elif not torch.compiler.is_compiling():
         block.pack.seen = None
     return y

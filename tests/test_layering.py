@@ -23,6 +23,7 @@ LAYERS = [
     "huge_pages",
     "packs",
     "seen",
+    "trunk",
     "whole_block",
     "downsample",
     "block",

@@ -76,15 +76,16 @@ def fingerprint(memory: list[tuple[int, int, int]]) -> int:
     return int(module.fingerprint(memory))
 
 
-def unchanged(
+def snapshot(
     entries: list[tuple[dict[str, Any], str, Any]],
     types: list[tuple[Any, type]],
-    empty: list[Any],
+    sizes: list[tuple[Any, int]],
     tensors: list[tuple[Any, ...]],
-) -> bool:
-    """Whether objects are what they were (seen.py says of which)."""
+    memory: list[tuple[int, int, int]],
+) -> Any:
+    """What objects are now, which its `holds()` compares later ones with (seen.py). They must outlive it."""
     assert module is not None
-    return bool(module.unchanged(entries, types, empty, tensors))
+    return module.Snapshot(entries, types, sizes, tensors, memory)
 
 
 def pack_block(parameters: list[Tensor | None], bf16: bool, empty: Callable[[int], Tensor]) -> Tensor:
