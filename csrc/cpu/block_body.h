@@ -92,6 +92,7 @@ class BlockRunner {
         tiles_(part<float>(window_.tiles)) {}
 
   void run() {
+    if (task_.step == BlockStep::kHalo) return share_rows();
     if (task_.step != BlockStep::kProject) return gate();
     for (std::int64_t h = task_.h0; h < task_.h1; h += task_.chunk_rows) {
       take_y(h);
@@ -105,7 +106,7 @@ class BlockRunner {
     // The rows above the rectangle that its filter covers.
     std::int64_t first = task_.h0 > R_ ? task_.h0 - R_ : 0;
     if (shape_.C > 0 && first < task_.h0) {
-      norm_rows(first, task_.h0, 0);
+      if (task_.above == nullptr) norm_rows(first, task_.h0, 0);
       fill_ring(first, task_.h0, 0);
     }
     std::int64_t ready = task_.h0;  // rows before it are normed, and in the ring
@@ -118,7 +119,7 @@ class BlockRunner {
       }
       if (ready < h) ready = h;
       if (ready < wanted) {
-        norm_rows(ready, wanted, ready - h);
+        norm_rows(ready, task_.below == nullptr ? wanted : smaller(wanted, task_.h1), ready - h);
         if (shape_.C > 0) fill_ring(ready, wanted, ready - h);
         ready = wanted;
       }
@@ -127,6 +128,26 @@ class BlockRunner {
       gate_conv(h, end);
       if (task_.step == BlockStep::kAll) multiply_fc2(h, end);
     }
+  }
+
+  // c of the rows that a neighbour's filter covers, to where it finds them.
+  void share_rows() const {
+    const auto share = [&](std::int64_t h0, std::int64_t h1, float* rows, std::int64_t first) {
+      norm_rows(h0, h1, 0);
+      multiply_conv(h0, h1, 0, [&](std::int64_t v, std::int64_t h) { return shared_row(rows, v, h - first); });
+    };
+    if (task_.above != nullptr) share(task_.h0, task_.h0 + R_, task_.above, task_.h0 - R_);
+    if (task_.below != nullptr) share(task_.h1 - R_, task_.h1, task_.below, task_.h1 - R_);
+  }
+
+  float* shared_row(float* rows, std::int64_t vector, std::int64_t row) const {
+    return rows + (vector * 2 * R_ + row) * halo_width() * L;
+  }
+  // Row h of c where it is shared, else null.
+  const float* shared(std::int64_t vector, std::int64_t h) const {
+    if (task_.above != nullptr && h < task_.h0 + R_) return shared_row(task_.above, vector, h - (task_.h0 - R_));
+    if (task_.below != nullptr && h >= task_.h1 - R_) return shared_row(task_.below, vector, h - (task_.h1 - R_));
+    return nullptr;
   }
 
   // Where a chunk's y is: with the task, or in the image's.
@@ -179,9 +200,26 @@ class BlockRunner {
     }
   }
 
-  // c = fc1's conv columns of the same rows, to the ring.
+  // c of rows [h0, h1) to the ring; where it is not shared, from the same rows of normed_, `at` and on.
   void fill_ring(std::int64_t h0, std::int64_t h1, std::int64_t at) const {
-    const std::int64_t pixels = (h1 - h0) * halo_width(), offset = halo0_ - (task_.w0 - R_);
+    const std::int64_t offset = halo0_ - (task_.w0 - R_);
+    const auto to = [&](std::int64_t vector, std::int64_t h) { return ring_row(vector, h) + offset * L; };
+    for (std::int64_t h = h0; h < h1;) {
+      for (; h < h1 && shared(0, h) != nullptr; ++h) {
+        for (std::int64_t v = conv_.begin / L; v < conv_.end / L; ++v) {
+          __builtin_memcpy(to(v, h), shared(v, h), sizeof(float) * halo_width() * L);
+        }
+      }
+      const std::int64_t first = h;
+      while (h < h1 && shared(0, h) == nullptr) ++h;
+      if (first < h) multiply_conv(first, h, at + first - h0, to);
+    }
+  }
+
+  // c = fc1's conv columns of rows [h0, h1), `at` and on of normed_; to(vector, h) is where a row of it goes.
+  template <typename To>
+  void multiply_conv(std::int64_t h0, std::int64_t h1, std::int64_t at, const To& to) const {
+    const std::int64_t pixels = (h1 - h0) * halo_width();
     const Element* a = normed_ + at * halo_width() * window_.step1;
     for (std::int64_t v = conv_.begin / L; v < conv_.end / L; v += 2) {
       const char* panel = packed<char>(at_.conv_panels) + v / 2 * at_.panel1;
@@ -193,8 +231,8 @@ class BlockRunner {
                                            share_ahead(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
         std::int64_t h = h0 + p / halo_width(), w = p % halo_width();
         for (int r = 0; r < kTileRows; ++r) {
-          store(ring_row(v, h) + (w + offset) * L, load(tiles_ + r * kColumns) + bias0);
-          store(ring_row(v + 1, h) + (w + offset) * L, load(tiles_ + r * kColumns + L) + bias1);
+          store(to(v, h) + w * L, load(tiles_ + r * kColumns) + bias0);
+          store(to(v + 1, h) + w * L, load(tiles_ + r * kColumns + L) + bias1);
           if (++w == halo_width()) w = 0, ++h;
         }
       });

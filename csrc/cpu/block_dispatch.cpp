@@ -103,19 +103,20 @@ constexpr double kNormShare = 3.0, kWaitProducts = 640e3;
 struct Cut {
   std::int64_t strips, columns, chunk_rows, width;
   std::int64_t parts;  // of the channels; if more than one, there is one strip and one column
+  bool halo;           // whether strips share the rows on both sides of their ends
   std::int64_t conv;   // the most conv channels of a task
 };
 // Time of a call, in images: of strips, or of parts of the channels. The last strips, or parts, are waited for.
+double wait(const GatedCnnBlockCall& call) {
+  return kWaitProducts / (3.0 * call.shape.D * call.shape.dim * call.H * call.W);
+}
 double time_of_strips(const GatedCnnBlockCall& call, const Cut& c, int num_threads) {
-  const std::int64_t neighbours = std::min<std::int64_t>(c.strips - 1, 2) * (call.shape.K / 2);
-  const double conv_share = call.shape.C / (3.0 * call.shape.D);  // of the products: what neighbouring rows cost again
-  const double rows = ceil_div(call.H, c.strips) + conv_share * neighbours;
-  return ceil_div(call.N * c.columns * c.strips, num_threads) * rows / (call.H * c.columns);
+  const double rows = static_cast<double>(ceil_div(call.H, c.strips)) / (call.H * c.columns);
+  return ceil_div(call.N * c.columns * c.strips, num_threads) * rows + wait(call);
 }
 double time_of_parts(const GatedCnnBlockCall& call, std::int64_t parts, int num_threads) {
-  const double products = 3.0 * call.shape.D * call.shape.dim * call.H * call.W;
   const double part = 1.0 / parts + kNormShare / call.shape.dim;
-  return ceil_div(call.N * parts, num_threads) * part + kWaitProducts / products;
+  return ceil_div(call.N * parts, num_threads) * part + wait(call);
 }
 
 Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
@@ -124,7 +125,7 @@ Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
   c.width = ceil_div(call.W, c.columns);
   c.strips = 1;
   c.parts = 1;
-  // A strip norms and multiplies R rows of its neighbours again: no more of them than the threads can use.
+  // Strips share R rows on both sides of their ends: no more of them than the threads can use, none shorter than that.
   const std::int64_t R = call.shape.K / 2;
   const auto uneven = [&] {
     const std::int64_t tasks = call.N * c.columns * c.strips;
@@ -137,6 +138,7 @@ Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
     c.strips = 1;
     c.parts = parts;
   }
+  c.halo = c.strips > 1 && c.columns == 1 && R > 0 && call.shape.C > 0;
   c.conv = ceil_div(at.conv / at.columns, c.parts) * at.columns;
   const std::int64_t rows = ceil_div(call.H, c.strips);
   const std::int64_t chunks = std::max<std::int64_t>(1, (rows * c.width + kChunkPixels / 2) / kChunkPixels);
@@ -144,14 +146,18 @@ Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
   return c;
 }
 
-// The workspace of a call: what the parts of the channels share, then a window for each thread. In bytes.
+// The workspace of a call: what strips or parts of the channels share, then a window for each thread. In bytes.
 struct Scratch {
-  std::int64_t image, shared, window;
+  std::int64_t ends;   // the rows on both sides of the end of a strip
+  std::int64_t image;  // what is shared of an image
+  std::int64_t shared, window;
 };
 Scratch scratch(const GatedCnnBlockCall& call, const BlockPack& at, const BlockKernels& kernels, const Cut& c) {
   const BlockWindow window = block_window(at, call.shape, kernels, c.width, c.chunk_rows, c.conv);
-  const std::int64_t image = c.parts > 1 ? align_up(call.H * call.W * window.step2 * kernels.element_bytes) : 0;
-  return {image, image * call.N, window.total};
+  const std::int64_t ends = c.halo ? align_up(at.conv * 2 * (call.shape.K / 2) * call.W * 4) : 0;
+  const std::int64_t y = c.parts > 1 ? align_up(call.H * call.W * window.step2 * kernels.element_bytes) : 0;
+  const std::int64_t image = y + (c.strips - 1) * ends;
+  return {ends, image, image * call.N, window.total};
 }
 
 }  // namespace
@@ -267,11 +273,16 @@ void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspa
       t.step = step;
       t.part = task % c.parts;
       t.parts = c.parts;
-      t.y = step == BlockStep::kAll ? nullptr : base + t.n * bytes.image;
+      char* shared = base + t.n * bytes.image;
+      const auto end = [&](std::int64_t i) { return reinterpret_cast<float*>(shared + i * bytes.ends); };
+      t.above = c.halo && strip > 0 ? end(strip - 1) : nullptr;
+      t.below = c.halo && strip + 1 < c.strips ? end(strip) : nullptr;
+      t.y = c.parts > 1 ? shared : nullptr;
       t.window = base + bytes.shared + slot * bytes.window;
       kernels.run(t);
     });
   };
+  if (c.halo) run(BlockStep::kHalo);
   if (c.parts == 1) return run(BlockStep::kAll);
   run(BlockStep::kGate);
   run(BlockStep::kProject);

@@ -23,9 +23,11 @@ struct BlockPack {
   std::int64_t total;
 };
 
-// One task: a rectangle of one image. Or, where its rows are too few to share out, a part of an image's channels: of
-// all rows, first the part of y, then, when every part of y is there, the part of the output.
-enum class BlockStep { kAll, kGate, kProject };
+// One task: a rectangle of one image; where that is cut into strips of rows, first each strip's rows of the conv branch
+// that its neighbours' filters cover, then, when all of these are there, the strip. Or, where the rows are too few to
+// share out, a part of an image's channels: of all rows, first the part of y, then, when every part of y is there, the
+// part of the output.
+enum class BlockStep { kHalo, kAll, kGate, kProject };
 
 struct BlockTask {
   const GatedCnnBlockCall* call;
@@ -33,8 +35,11 @@ struct BlockTask {
   std::int64_t n, h0, h1, w0, w1;
   std::int64_t chunk_rows;  // worked off at a time
   BlockStep step;
-  std::int64_t part, parts;  // 0 and 1 for kAll
-  void* y;                   // of the image, [H * W][step2], which the parts share; null for kAll
+  // The conv branch on the K / 2 rows on both sides of h0, and of h1: [conv / lanes][2 * (K / 2)][W][lanes], which two
+  // strips share. Null where none is shared.
+  float *above, *below;
+  std::int64_t part, parts;  // 0 and 1 for kHalo and kAll
+  void* y;                   // of the image, [H * W][step2], which the parts share; null for kHalo and kAll
   void* window;              // block_window().total bytes
 };
 
