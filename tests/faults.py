@@ -69,8 +69,8 @@ FAULTS = [
     FaultySource("csrc/cpu/block_body.h", "return shared_row(task_.below, vector, h - (task_.h1 - R_));",
                  "return shared_row(task_.below, vector, task_.h1 + R_ - 1 - h);",
                  "tests/test_cpu_launch.py -k 'block and plain'"),
-    FaultySource("csrc/cpu/block_body.h", "if (task_.above != nullptr) share(task_.h0, task_.h0 + R_, task_.above, "
-                 "task_.h0 - R_);", "if (task_.above != nullptr) share(task_.h0, task_.h0 + R_, task_.above, task_.h0);",
+    FaultySource("csrc/cpu/block_body.h", "share(task_.h0, task_.h0 + R_, task_.above, task_.h0 - R_);",
+                 "share(task_.h0, task_.h0 + R_, task_.above, task_.h0);",
                  "tests/test_cpu_launch.py -k 'block and plain'"),
     # The patches of the stem: outputs whose filter is partly outside.
     FaultySource("csrc/cpu/downsample_body.h", "smaller(width_, (call_.W + 1 - column) / 2)",
