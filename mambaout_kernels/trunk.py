@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .linear import hooked
 from .packs import Pack
 from .seen import Objects, Recording, Seen, observed, recording
 
@@ -48,8 +49,10 @@ def call(
         return run(x)
     with recording() as ops:
         y = run(x)
+    if _any_global_hook() or not _is_all(ops, x, y):
+        return y
     parents, called = modules()
-    if not _any_global_hook() and _is_all(ops, called, x, y):
+    if all(_is_known(m) for m in called):
         objects = Objects()
         for parent in parents:
             objects.add_entries(parent._modules)
@@ -62,12 +65,17 @@ def call(
     return y
 
 
-def _is_all(ops: Recording, called: list[nn.Module], x: Tensor, y: Tensor) -> bool:
+def _is_known(module: nn.Module) -> bool:
+    """Whether calling it does what its class does, which is one of this package."""
+    package = __name__.partition(".")[0]
+    known = type(module) is nn.Sequential or type(module).__module__.partition(".")[0] == package
+    return known and not hooked(module)
+
+
+def _is_all(ops: Recording, x: Tensor, y: Tensor) -> bool:
     """Whether the ops are all that was done between x and y, as far as modules of this package go."""
     if ops.first is None or not ops.chained or ops.last is not y:
         return False
     image = x.permute(0, 2, 3, 1)
-    if (ops.first.data_ptr(), ops.first.shape, ops.first.stride()) != (image.data_ptr(), image.shape, image.stride()):
-        return False
-    package = __name__.partition(".")[0]
-    return all(type(m) is nn.Sequential or type(m).__module__.partition(".")[0] == package for m in called)
+    first = ops.first
+    return (first.data_ptr(), first.shape, first.stride()) == (image.data_ptr(), image.shape, image.stride())

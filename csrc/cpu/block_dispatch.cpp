@@ -96,9 +96,8 @@ class Packer {
   char* packed_;
 };
 
-// Of a pixel's work: LayerNorm, times the channels; of a thread's, the wait for the others between two steps, in
-// products.
-constexpr double kNormShare = 3.0, kWaitProducts = 640e3;
+// Of a pixel's work: LayerNorm, times the channels.
+constexpr double kNormShare = 3.0;
 
 struct Cut {
   std::int64_t strips, columns, chunk_rows, width;
@@ -106,17 +105,15 @@ struct Cut {
   bool halo;           // whether strips share the rows on both sides of their ends
   std::int64_t conv;   // the most conv channels of a task
 };
-// Time of a call, in images: of strips, or of parts of the channels. The last strips, or parts, are waited for.
-double wait(const GatedCnnBlockCall& call) {
-  return kWaitProducts / (3.0 * call.shape.D * call.shape.dim * call.H * call.W);
-}
+// Time of a call, in images: of strips, or of parts of the channels. The last strips, or parts, are waited for; both
+// wait once more between their two steps.
 double time_of_strips(const GatedCnnBlockCall& call, const Cut& c, int num_threads) {
   const double rows = static_cast<double>(ceil_div(call.H, c.strips)) / (call.H * c.columns);
-  return ceil_div(call.N * c.columns * c.strips, num_threads) * rows + wait(call);
+  return ceil_div(call.N * c.columns * c.strips, num_threads) * rows;
 }
 double time_of_parts(const GatedCnnBlockCall& call, std::int64_t parts, int num_threads) {
   const double part = 1.0 / parts + kNormShare / call.shape.dim;
-  return ceil_div(call.N * parts, num_threads) * part + wait(call);
+  return ceil_div(call.N * parts, num_threads) * part;
 }
 
 Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {

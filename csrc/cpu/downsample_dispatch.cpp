@@ -70,8 +70,8 @@ std::int64_t strips_of(const DownsampleCall& call, const DownsamplePack& at, int
 DownsampleWindow downsample_window(const DownsampleCall& call, const DownsamplePack& at, int element_bytes,
                                    std::int64_t rows) {
   DownsampleWindow w;
-  // The last output of an odd row reads one pixel beyond the right one of zeros.
   const bool few = at.channels <= kFewChannels;
+  // The last output of an odd row reads one pixel beyond the right one of zeros.
   w.row = (call.W + 3) * at.channels;
   w.x = 0;
   w.sums = w.x + (few ? 0 : align_up((2 * rows + 1) * w.row * element_bytes));
