@@ -1,12 +1,11 @@
 """A block or a downsampling that was called before is known again; whatever has changed since takes effect."""
 
 import copy
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 from mambaout_kernels import FusedGatedCNNBlock, backends, create_model, downsample, whole_block
 from mambaout_kernels.backends import cpu
@@ -244,13 +243,6 @@ def test_another_instruction_set_takes_effect(isa, known):
 
 
 def test_one_who_watches_operators_sees_the_public_one():
-    class Watch(TorchDispatchMode):
-        names: ClassVar[list[str]] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     block, x = make_block()
     block(x)
     block(x)

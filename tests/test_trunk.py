@@ -4,13 +4,12 @@ import copy
 import gc
 import pickle
 import weakref
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 from mambaout_kernels import FusedGatedCNNBlock, MambaOut, backends, whole_block
 from mambaout_kernels.backends import cpu
@@ -221,13 +220,6 @@ def test_modes_of_the_call_take_effect():
 
 
 def test_one_who_watches_operators_sees_the_public_ones():
-    class Watch(TorchDispatchMode):
-        names: ClassVar[list[str]] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     model, x = make_model(), images()
     model.forward_features(x)
     model.forward_features(x)
