@@ -70,8 +70,13 @@ def test_nothing_leaks_from_the_code_of_an_instruction_set(isa):
 @needs_module
 def test_the_stub_lists_what_the_module_has():
     stub = ast.parse((ROOT / "mambaout_kernels" / "_C.pyi").read_text())
-    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert declared == {name for name in vars(cpu.module) if not name.startswith("__")}
+    for node in stub.body:
+        if isinstance(node, ast.ClassDef):
+            methods = {method.name for method in node.body if isinstance(method, ast.FunctionDef)}
+            bound = vars(getattr(cpu.module, node.name))
+            assert methods == {name for name in bound if name == "__init__" or not name.startswith("_")}
 
 
 @needs_module
