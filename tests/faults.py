@@ -112,7 +112,7 @@ FAULTS = [
     FaultySource("csrc/cpu/downsample_body.h", "if (from < 0 || from >= call_.H) continue;",
                  "if (from < 0 || from > call_.H) continue;", "tests/test_cpu_launch.py -k 'downsampling and plain'"),
     FaultySource("csrc/cpu/downsample_body.h", "as<Element>(from[c * call_.x_stride_c])", "as<Element>(from[c])",
-                 "tests/test_generated.py -k downsampling"),
+                 "tests/test_downsample.py"),
     FaultySource("csrc/cpu/downsample_body.h", "(sums, at_.out, channels, channels, call_.shape.eps,",
                  "(sums, at_.out, at_.out, channels, call_.shape.eps,", "tests/test_generated.py -k downsampling"),
     FaultySource("csrc/cpu/downsample_dispatch.cpp", "vector(at.norm_weight, parameters.norm_weight, 1.0f);",

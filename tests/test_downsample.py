@@ -75,3 +75,13 @@ def test_norm_without_parameters_and_convolution_without_bias():
         assert downsample.applies(conv, norm, None, "identity", x)
         found = downsample.run(conv, norm, "identity", x, packs.Pack(), nn.ModuleList([conv]))
         torch.testing.assert_close(found, norm(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_maps_whose_channels_lie_apart():
+    conv, norm = usual(12, 20), LAYER_NORM(20)
+    x = torch.randn(2, 12, 9, 11).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        apart, together = (
+            downsample.run(conv, norm, "identity", y, packs.Pack(), nn.ModuleList([conv])) for y in (x, x.contiguous())
+        )
+    assert torch.equal(apart, together)

@@ -205,7 +205,7 @@ def test_modes_of_the_call_take_effect():
     with torch.autocast("cpu", torch.bfloat16):
         low = model.forward_features(x)
         assert torch.equal(model.forward_features(x), low)
-        assert torch.equal(low.float(), first) != cpu.multiplies_bf16()
+        assert not torch.equal(low.float(), first)  # maps are in bfloat16 whatever is multiplied
     assert torch.equal(model.forward_features(x), first)
     with torch.enable_grad():
         assert model.forward_features(x).requires_grad
