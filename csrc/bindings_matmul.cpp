@@ -32,15 +32,11 @@ MatmulCall call_of(const Tensor& a, bool a_turned, const Tensor& b, bool b_turne
 }
 
 // out, as the call says but for where the result goes
-Tensor product(MatmulCall call, const Tensor& like, bool of_rows = false) {
+Tensor product(MatmulCall call, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {call.M, call.N});
   advise_huge_pages(out);
   call.out = static_cast<float*>(out.mutable_data_ptr());
   const int num_threads = static_cast<int>(torch::stable::get_num_threads());
-  if (of_rows) {
-    cpu::matmul_of_rows(call, num_threads, parallel_for);
-    return out;
-  }
   const Workspace workspace(cpu::matmul_workspace_bytes(call, num_threads));
   cpu::matmul(call, num_threads, workspace.data(), parallel_for);
   return out;
@@ -60,7 +56,21 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias, bool used_once) {
     bias = dense(bias);
     call.bias = data(bias);
   }
-  return product(call, x, used_once);
+  if (!used_once) return product(call, x);
+  Tensor out = torch::stable::new_empty(x, {call.M, call.N});
+  const DotsCall dots{call.M,
+                      call.N,
+                      call.K,
+                      call.a,
+                      call.a_m,
+                      call.b,
+                      call.b_n,
+                      DType::kFloat32,
+                      call.bias,
+                      Act::kIdentity,
+                      static_cast<float*>(out.mutable_data_ptr())};
+  cpu::dots(dots, static_cast<int>(torch::stable::get_num_threads()), parallel_for);
+  return out;
 }
 
 // dx = dy weight: (M, K), of dy (M, N) and weight (N, K)

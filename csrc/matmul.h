@@ -1,7 +1,9 @@
-// The launch interface of the matrix products of training: plain data, no torch.
+// The launch interface of the matrix products of linear layers: plain data, no torch.
 #pragma once
 
 #include <cstdint>
+
+#include "gated_dwconv.h"
 
 namespace mambaout_kernels {
 
@@ -16,6 +18,19 @@ struct MatmulCall {
   const float* bias;  // [N], or null
   float* out;         // [M][N]
   float* row_sums;    // [M], or null; a_m is 1
+};
+
+// out[m][n] = act(bias[n] + sum_k a[m][k] * b[n][k]), sums in fp32: both factors have their terms in a row
+struct DotsCall {
+  std::int64_t M, N, K;
+  const float* a;
+  std::int64_t a_step;  // elements from row to row
+  const void* b;
+  std::int64_t b_step;
+  DType b_dtype;      // kFloat32 or kBFloat16
+  const float* bias;  // [N], or null
+  Act act;
+  float* out;  // [M][N]
 };
 
 }  // namespace mambaout_kernels

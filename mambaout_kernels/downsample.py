@@ -113,7 +113,7 @@ def run(conv: Any, norm: Any, act_name: str, x: Tensor, pack: Pack, owner: nn.Mo
     multiply_bf16 = low_precision(x) and cpu.multiplies_bf16()
     y = _op(x, *parameters, norm is not None, eps, act_name, dtype, multiply_bf16, pack.number)
     seen.remember(
-        pack, owner, _SETTINGS, parameters, cpu.downsample, x, y, norm is not None, eps, act_name,
+        pack, (owner,), _SETTINGS, parameters, cpu.downsample, x, y, norm is not None, eps, act_name,
         dtype == torch.bfloat16,
     )  # fmt: skip
     return y

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import linear
+from . import head
 from .block import LAYER_NORM, FusedGatedCNNBlock, activation_name, refuse_unknown
 from .downsample import again, applies, run
 from .features import Stages
+from .head import Head
 from .packs import Pack
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -133,29 +134,6 @@ class Downsample(nn.Module):
         return x if self.norm_first else self.norm(x)
 
 
-class Head(nn.Module):
-    """(N, dim) to (N, num_classes): fc1, GELU, norm unless None, dropout, fc2. GELU whatever the blocks use."""
-
-    def __init__(self, dim: int, hidden: int, num_classes: int, norm: nn.Module | None, drop_rate: float):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.norm = norm
-        self.fc2: nn.Module = nn.Linear(hidden, num_classes) if num_classes > 0 else nn.Identity()
-        self.head_dropout = nn.Dropout(drop_rate)
-
-    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.act(self._linear(self.fc1, x))
-        if self.norm is not None:
-            x = self.norm(x)
-        x = self.head_dropout(x)
-        return x if pre_logits else self._linear(self.fc2, x)
-
-    @staticmethod
-    def _linear(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return fc(x) if torch.is_grad_enabled() else linear.call(fc, x, used_once=True)
-
-
 class MambaOut(Stages):
     """MambaOut image classifier: (N, in_chans, H, W) of any size to (N, num_classes), in any floating dtype.
 
@@ -245,7 +223,7 @@ class MambaOut(Stages):
         self.norm = norm_layer(dims[-1])
         head_norm = norm_layer(self.head_hidden_size) if head_fn == "default" else None
         self.head = Head(dims[-1], self.head_hidden_size, num_classes, head_norm, drop_rate)
-        self.pack = Pack()
+        self.pack, self.head_pack = Pack(), Pack()
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
@@ -273,6 +251,10 @@ class MambaOut(Stages):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Map (N, H, W, dims[-1]) to logits, or to what the last linear sees, (N, 4 * dims[-1])."""
+        if not pre_logits and type(self).pool is MambaOut.pool and "pool" not in vars(self):
+            y = head.call(self, self.head_pack, x)
+            if y is not None:
+                return y
         return self.head(self.pool(x), pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

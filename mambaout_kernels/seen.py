@@ -55,12 +55,10 @@ class Objects:
     def add_entries(self, entries: dict[str, Any]) -> None:
         self.entries += [(entries, name, value) for name, value in entries.items()]
 
-    def add_parameters(self, parameters: Iterable[Tensor]) -> None:
-        parameters = list(parameters)
+    def add_tensors(self, tensors: Iterable[Tensor]) -> None:
         self.tensors += [
-            (p, p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.stride()) for p in parameters
+            (t, t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.stride()) for t in tensors
         ]
-        self.memory += memory_of(parameters)
 
     def add(self, other: "Objects") -> None:
         for part in fields(self):
@@ -125,34 +123,39 @@ def _record(run: Run, seen: Seen, x: Tensor, y: Tensor) -> None:
 
 def remember(
     pack: Pack,
-    owner: nn.Module,
+    owners: Iterable[nn.Module],
     settings: Sequence[str],
     parameters: Iterable[Tensor | None],
     run: Run,
     x: Tensor,
     y: Tensor,
     *arguments: Any,
+    packed: bool = True,
 ) -> None:
     """Let the next call with this pack be known, unless somebody looks at every operator.
 
     Args:
         pack: whose packed parameters the call used.
-        owner: the module that called; the types, hooks and parameters of its children count.
+        owners: the modules that called; the types, hooks and parameters of their children count.
         settings: attributes that count, of whichever of the children has them.
         parameters: what was packed.
         run, x, y: the native op, what it was given besides the packed parameters and `arguments`, and what it gave.
+        packed: whether parameters were; if not, the op reads them as they are at each call, and takes only `arguments`.
     """
     if observed() or type(x) is not Tensor:
         return
-    children = owner._modules
-    modules = [m for m in children.values() if m is not None]
     objects = Objects()
-    objects.add_entries(children)
-    objects.add_called(modules, settings)
-    for m in modules:
-        objects.add_entries(m._parameters)
-    objects.add_parameters(p for p in parameters if p is not None)
-    pack.seen = Seen(objects, x, (kept(pack), *arguments))
+    for children in (owner._modules for owner in owners):
+        modules = [m for m in children.values() if m is not None]
+        objects.add_entries(children)
+        objects.add_called(modules, settings)
+        for m in modules:
+            objects.add_entries(m._parameters)
+    tensors = [p for p in parameters if p is not None]
+    objects.add_tensors(tensors)
+    if packed:
+        objects.memory += memory_of(tensors)
+    pack.seen = Seen(objects, x, (kept(pack), *arguments) if packed else arguments)
     _record(run, pack.seen, x, y)
 
 

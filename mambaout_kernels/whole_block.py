@@ -139,7 +139,7 @@ def run(block: Any, x: Tensor) -> Tensor:
     )  # fmt: skip
     y = _op(x, *parameters, norm.eps, block.op_act, in_bf16, block.pack.number)
     if x is given:
-        seen.remember(block.pack, block, _SETTINGS, parameters, cpu.gated_cnn_block, x, y, norm.eps, block.op_act)
+        seen.remember(block.pack, (block,), _SETTINGS, parameters, cpu.gated_cnn_block, x, y, norm.eps, block.op_act)
     elif not torch.compiler.is_compiling():
         block.pack.seen = None
     return y

@@ -5,9 +5,9 @@ where gamma(n) = n u / (1 - n u) and u is half the distance of neighbouring numb
 Numerical Algorithms, 3.1 and 4.2). From layer to layer, an error E of a factor a becomes E |b|, and a result that is
 stored is off by one rounding more. What is beyond such a bound is not the rounding of sums in fp32 (fp64 for fp64).
 
-The op may store act(g), and dy times it or its slope, and its results in its dtype; the block and the downsampling what
-PyTorch's modules store: norm, fc1, convolution, gate, y, fc2, scale, sum. Parameters are exact in the dtype that they
-are given in.
+The op may store act(g), and dy times it or its slope, and its results in its dtype; the block, the downsampling and the
+head what PyTorch's modules store: norm, fc1, convolution, gate, y, fc2, scale, sum; mean. Parameters are exact in the
+dtype that they are given in.
 """
 
 from dataclasses import dataclass
@@ -197,3 +197,13 @@ def of_downsampling(conv: nn.Conv2d, norm: nn.LayerNorm | None, act: str, x: Ten
     if norm is not None:
         y = y.normed(norm).stored()
     return y.activated(act).stored().error
+
+
+def of_head(norm: nn.LayerNorm, head: nn.Module, x: Tensor) -> Tensor:
+    """Of head(norm(mean of x over H and W)), x (N, H, W, channels)."""
+    pixels = x.shape[1] * x.shape[2]
+    mean = Bounded.exactly(x, x.dtype).sums(pixels, lambda x, of: x.mean((1, 2))).stored()
+    y = _linear(mean.normed(norm).stored(), head.fc1).activated("gelu").stored()
+    if head.norm is not None:
+        y = y.normed(head.norm).stored()
+    return _linear(y, head.fc2).error if isinstance(head.fc2, nn.Linear) else y.error

@@ -1,4 +1,4 @@
-"""Cases that hypothesis generates: of the op, of the whole block and of the downsampling."""
+"""Cases that hypothesis generates: of the op, of the whole block, of the downsampling and of the head."""
 
 import copy
 import functools
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mambaout_kernels import backends
 from mambaout_kernels.block import FusedGatedCNNBlock
+from mambaout_kernels.head import Head
 from mambaout_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -249,5 +250,53 @@ def downsampling_cases(draw, isas=("",)):
         act=draw(st.sampled_from(ACTIVATIONS)),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
         layout=draw(st.sampled_from(tuple(LAYOUTS | CHANNELS_APART))),
+        **_how_to_run(draw, isas),
+    )
+
+
+@dataclass(frozen=True)
+class HeadCase(_OfImages):
+    shape: tuple[int, int, int, int]  # N, H, W, channels
+    hidden: int
+    classes: int
+    norm: str  # of the one between: "none", "plain" or "affine"
+    dtype: torch.dtype
+    layout: str
+    seed: int
+    isa: str
+    threads: int
+    at_begin: bool
+
+
+def head_and_outputs(case: HeadCase) -> tuple[nn.LayerNorm, Head, Tensor, Tensor]:
+    """The norm and the head; head(norm(mean of x)) by the modules in their dtype, and in fp64."""
+    mid = None if case.norm == "none" else nn.LayerNorm(case.hidden, eps=1e-6, elementwise_affine=case.norm == "affine")
+    modules = nn.ModuleList(
+        [nn.LayerNorm(case.shape[3], eps=1e-6), Head(case.shape[3], case.hidden, case.classes, mid, 0.0)]
+    )
+    generator = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        for p in modules.parameters():
+            p.copy_(0.3 + 0.3 * torch.randn(p.shape, generator=generator))
+    norm, head = modules.to(case.dtype)
+
+    def by_modules(dtype: torch.dtype) -> Tensor:
+        first, second = copy.deepcopy(modules).to(dtype)
+        with backends.force("reference"), torch.no_grad():
+            return second(first(case.x.to(dtype).mean((1, 2))))
+
+    return norm, head, by_modules(case.dtype), by_modules(torch.float64)
+
+
+@st.composite
+def head_cases(draw, isas=("",), launched=False):
+    N, H, W, channels = _sizes(draw, 140)
+    return HeadCase(
+        shape=(N, max(1, H), max(1, min(W, 34)), max(2, channels)),
+        hidden=draw(st.integers(2, 70) | st.sampled_from((96, 341))),
+        classes=draw(st.just(0) | st.integers(1, 70) | st.just(1000)),
+        norm=draw(st.sampled_from(("affine", "affine", "plain", "none"))),
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
+        layout=draw(st.sampled_from(tuple(LAYOUTS if launched else LAYOUTS | CHANNELS_APART))),
         **_how_to_run(draw, isas),
     )

@@ -55,7 +55,7 @@ def test_nothing_leaks_from_the_code_of_an_instruction_set(isa):
     """Else the linker may take an inline function from there for the whole program, on any processor."""
     kinds = ["kernels", "block_kernels", "downsample_kernels", "peak"]
     if isa != "avx512_bf16":
-        kinds.append("matmul_kernels")
+        kinds += ["matmul_kernels", "head_kernels"]
     objects = list(ROOT.glob(f"build/temp*/CMakeFiles/*/csrc/cpu/kernels_{isa}.cpp.*"))
     if not objects:
         pytest.skip(f"no build tree with {isa}")

@@ -19,6 +19,8 @@ from generated import (
     block_cases,
     downsampling_and_outputs,
     downsampling_cases,
+    head_and_outputs,
+    head_cases,
     number_of_cases,
     op_cases,
 )
@@ -275,6 +277,18 @@ def test_generated_calls_of_the_downsampling(kind):
         assert_no_worse_in_any_case(ours, theirs, truth, bound)
 
     number_of_cases(CASES[kind] // 2)(launched)()
+
+
+@pytest.mark.generated
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_calls_of_the_head(kind):
+    @given(head_cases(ISAS, launched=True))
+    def launched(case):
+        norm, head, theirs, truth = head_and_outputs(case)
+        ours = program(kind).head(case.x, norm, head, Where(case.isa, case.threads, case.at_begin))
+        assert_no_worse_in_any_case(ours, theirs, truth, error_bounds.of_head(norm, head, case.x))
+
+    number_of_cases(CASES[kind])(launched)()
 
 
 @pytest.mark.parametrize("at_begin", [False, True])

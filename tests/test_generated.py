@@ -1,7 +1,7 @@
 """Cases from hypothesis, 200 and more in `make test`, ten times as many in `make nightly`.
 
-Here the op on every backend that runs here, its gradients through autograd, the whole block and the downsampling. The
-launch interface's are in test_cpu_launch.py, Triton's under the interpreter in
+Here the op on every backend that runs here, its gradients through autograd, the whole block, the downsampling and the
+head. The launch interface's are in test_cpu_launch.py, Triton's under the interpreter in
 triton_interpreter/test_triton_generated.py.
 """
 
@@ -15,6 +15,8 @@ from generated import (
     block_cases,
     downsampling_and_outputs,
     downsampling_cases,
+    head_and_outputs,
+    head_cases,
     number_of_cases,
     op_cases,
 )
@@ -25,6 +27,7 @@ from torch import nn
 import mambaout_kernels as mk
 from mambaout_kernels import backends, downsample, packs, whole_block
 from mambaout_kernels.backends import cpu
+from mambaout_kernels.head import call as call_head
 
 pytestmark = pytest.mark.generated
 needs_module = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -129,6 +132,20 @@ def test_downsampling(case):
     assert ours.is_contiguous()
     bound = error_bounds.of_downsampling(conv, norm, case.act, x)
     assert_no_worse_in_any_case(ours, theirs, truth, bound)
+
+
+@needs_module
+@number_of_cases(40)
+@given(head_cases(ISAS))
+def test_head(case):
+    """From the last map to the logits, as a model calls it without gradients."""
+    norm, head, theirs, truth = head_and_outputs(case)
+    model, pack = nn.ModuleDict({"norm": norm, "head": head}), packs.Pack()
+    with on_cpu(case), torch.no_grad():
+        ours, again = (call_head(model, pack, case.x) for _ in range(2))
+    assert ours.is_contiguous()
+    assert torch.equal(ours, again)
+    assert_no_worse_in_any_case(ours, theirs, truth, error_bounds.of_head(norm, head, case.x))
 
 
 @pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))

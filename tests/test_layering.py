@@ -26,6 +26,7 @@ LAYERS = [
     "trunk",
     "whole_block",
     "downsample",
+    "head",
     "block",
     "features",
     "models",

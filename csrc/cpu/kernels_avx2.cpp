@@ -21,11 +21,13 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "kernel_body.h"
 #include "forward_body.h"
 #include "backward_body.h"
+#include "layer_norm.h"
 #include "gemm_tile.h"
 #include "block_body.h"
 #include "downsample_body.h"
 #include "dots_body.h"
 #include "matmul_body.h"
+#include "head_body.h"
 #include "peak_body.h"
 // clang-format on
 
@@ -52,6 +54,8 @@ const DownsampleKernels* downsample_kernels_avx2(DType multiplied, DType in, DTy
 }
 
 const MatmulKernels* matmul_kernels_avx2() { return &kMatmulKernels; }
+
+const HeadKernels* head_kernels_avx2() { return &kHeadKernels; }
 
 const PeakKernel* peak_avx2(DType multiplied) { return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr; }
 

@@ -22,6 +22,7 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "forward_body.h"
 #include "backward_body.h"
 #include "bf16_pairs.h"
+#include "layer_norm.h"
 #include "gemm_tile.h"
 #include "bf16_products.h"
 #include "block_body.h"

@@ -24,11 +24,13 @@ struct GateOf<act, double> {
 #include "kernel_body.h"
 #include "forward_body.h"
 #include "backward_body.h"
+#include "layer_norm.h"
 #include "gemm_tile.h"
 #include "block_body.h"
 #include "downsample_body.h"
 #include "dots_body.h"
 #include "matmul_body.h"
+#include "head_body.h"
 #include "peak_body.h"
 // clang-format on
 
@@ -57,6 +59,8 @@ const DownsampleKernels* downsample_kernels_portable(DType multiplied, DType in,
 }
 
 const MatmulKernels* matmul_kernels_portable() { return &kMatmulKernels; }
+
+const HeadKernels* head_kernels_portable() { return &kHeadKernels; }
 
 const PeakKernel* peak_portable(DType multiplied) { return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr; }
 

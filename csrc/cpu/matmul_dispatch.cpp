@@ -84,12 +84,12 @@ void matmul(const MatmulCall& call, int num_threads, void* workspace, ParallelFo
   });
 }
 
-void matmul_of_rows(const MatmulCall& call, int num_threads, ParallelFor parallel_for) {
+void dots(const DotsCall& call, int num_threads, ParallelFor parallel_for) {
   if (call.M == 0 || call.N == 0) return;
   const MatmulKernels& k = kernels();
   const std::int64_t parts = std::min(call.N, num_threads == 1 ? 1 : num_threads * kTasksPerThread);
   run_tasks(parts, num_threads, parallel_for, [&](std::int64_t, std::int64_t task) {
-    k.run_dots({&call, 0, call.M, part_begin(call.N, parts, task), part_begin(call.N, parts, task + 1), nullptr});
+    k.run_dots({&call, part_begin(call.N, parts, task), part_begin(call.N, parts, task + 1)});
   });
 }
 

@@ -28,11 +28,17 @@ struct MatmulWindow {
   std::int64_t total;
 };
 
+// One task: columns [n0, n1) of the output.
+struct DotsTask {
+  const DotsCall* call;
+  std::int64_t n0, n1;
+};
+
 struct MatmulKernels {
   int lanes;
   int tile_rows;
   void (*run)(const MatmulTask&);
-  void (*run_dots)(const MatmulTask&);  // a_k and b_k are 1; needs no window
+  void (*run_dots)(const DotsTask&);
 };
 
 MatmulWindow matmul_window(std::int64_t rows, int lanes);

@@ -1,6 +1,6 @@
 """The compiled CPU kernels (csrc/cpu): AVX-512, AVX2 or portable, chosen when the module loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,7 @@ try:
     _pack_block = torch.ops.mambaout_kernels_native.gated_cnn_block_pack_cpu.default
     _downsample_pack_bytes = torch.ops.mambaout_kernels_native.downsample_pack_bytes_cpu.default
     _pack_downsample = torch.ops.mambaout_kernels_native.downsample_pack_cpu.default
+    _head = torch.ops.mambaout_kernels_native.head_cpu.default
     _downsample = torch.ops.mambaout_kernels_native.downsample_cpu.default
     linear = torch.ops.mambaout_kernels_native.linear_cpu.default
     linear_dx = torch.ops.mambaout_kernels_native.linear_dx_cpu.default
@@ -121,3 +122,23 @@ def pack_downsample(parameters: list[Tensor | None], bf16: bool, empty: Callable
 def downsample(x: Tensor, packed: Tensor, normed: bool, eps: float, act: str, bf16: bool) -> Tensor:
     """act(layer_norm(conv(x))), (N, H/2, W/2, out), contiguous; x (N, H, W, in) of any strides; bf16: the result."""
     return _downsample(x, packed, normed, eps, _ACT_CODES[act], bf16)
+
+
+_NOTHING = torch.empty(0)
+
+
+def head(
+    x: Tensor, parameters: Sequence[Tensor | None], eps: float, mid_eps: float, mid_normed: bool, bf16: bool
+) -> Tensor:
+    """fc2(norm(gelu(fc1(norm(mean of x))))), (N, classes), contiguous; x (N, H, W, C) of any strides; bf16: the result.
+
+    parameters: of the norm, fc1, the norm between, fc2 (weight, bias each); None for what is not there. The result is
+    (N, hidden) without fc2.
+    """
+    norm_weight, norm_bias, fc1_weight, fc1_bias, mid_weight, mid_bias, fc2_weight, fc2_bias = (
+        _NOTHING if p is None else p for p in parameters
+    )
+    return _head(
+        x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, mid_normed, mid_weight, mid_bias, mid_eps, fc2_weight,
+        fc2_bias, bf16,
+    )  # fmt: skip

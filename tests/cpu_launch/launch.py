@@ -197,6 +197,20 @@ class Program:
         shape = (N, (H + 1) // 2, (W + 1) // 2, conv.out_channels)
         return self._call(header, tensors, [(shape, x.dtype)])[0]
 
+    def head(self, x: Tensor, norm: torch.nn.LayerNorm, head: torch.nn.Module, where: Where) -> Tensor:
+        """head(norm(mean of x over H and W)), (N, H, W, channels) to (N, outputs), the channels contiguous."""
+        (N, H, W, C), hidden = x.shape, head.fc1.out_features
+        classes = getattr(head.fc2, "out_features", 0)
+        dtypes = (DTYPES[x.dtype], DTYPES[head.fc1.weight.dtype], DTYPES[x.dtype])
+        header = struct.pack(
+            "16qd6q", 6, ISAS[where.isa], where.threads, where.at_begin, N, H, W, hidden, classes,
+            head.norm is not None, 0, *dtypes, C, 0, norm.eps, *x.stride()[:3], 0, 0, 0,
+        )  # fmt: skip
+        modules = (norm, head.fc1, head.norm, head.fc2)
+        parameters = [getattr(m, name, None) for m in modules for name in ("weight", "bias")]
+        tensors = _bytes(x) + b"".join(_bytes(None if p is None else p.detach()) for p in parameters)
+        return self._call(header, tensors, [((N, classes or hidden), x.dtype)])[0]
+
     def product(
         self, a: Tensor, b: Tensor, bias: Tensor | None, row_sums: bool, of_rows: bool, where: Where
     ) -> list[Tensor]:

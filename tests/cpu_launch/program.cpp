@@ -16,6 +16,7 @@
 #include "../../csrc/cpu/downsample_cpu.h"
 #include "../../csrc/cpu/gated_cnn_block_cpu.h"
 #include "../../csrc/cpu/gated_dwconv_cpu.h"
+#include "../../csrc/cpu/head_cpu.h"
 #include "../../csrc/cpu/matmul_cpu.h"
 
 namespace {
@@ -24,11 +25,13 @@ using namespace mambaout_kernels;
 
 // As launch.py packs it.
 struct Call {
-  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: downsampling, 4: matrix product, 5: of rows
+  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: downsampling, 4: matrix product, 5: of rows,
+                      // 6: the head
   std::int64_t isa, threads, at_begin;
   std::int64_t N, H, W, D, C, K, act, dtype, weight_dtype, bias_dtype;
   std::int64_t dim, multiplied;  // of the block; of the downsampling dim to D channels, normed if C is 1
-  double eps;                    // of a product M, N, K are N, H, W; row sums if C is 2
+  double eps;                    // of a product M, N, K are N, H, W; row sums if C is 2; of the head D is hidden, C
+                                 // classes, K whether there is a norm between, bias_dtype the result's
   std::int64_t strides[2][3];    // of u, or x; and of dy, or x's from channel to channel
 };
 
@@ -264,13 +267,44 @@ void run_matmul(const Call& call) {
   matmul.row_sums = (call.C & 2) != 0 ? reinterpret_cast<float*>(row_sums.data()) : nullptr;
   const Scratch workspace(call.kind == 5 ? 0 : cpu::matmul_workspace_bytes(matmul, threads), at_begin);
   if (call.kind == 5) {
-    cpu::matmul_of_rows(matmul, threads, on_threads);
+    cpu::dots({matmul.M, matmul.N, matmul.K, matmul.a, matmul.a_m, matmul.b, matmul.b_n, DType::kFloat32, matmul.bias,
+               Act::kIdentity, matmul.out},
+              threads, on_threads);
   } else {
     cpu::matmul(matmul, threads, workspace.data(), on_threads);
   }
   finish({&a, &b, &bias}, {&out, &row_sums, &workspace});
   out.write();
   row_sums.write();
+}
+
+void run_head(const Call& call) {
+  const bool at_begin = call.at_begin != 0;
+  const Input x(at_begin), norm_weight(at_begin), norm_bias(at_begin), fc1_weight(at_begin), fc1_bias(at_begin),
+      mid_weight(at_begin), mid_bias(at_begin), fc2_weight(at_begin), fc2_bias(at_begin);
+  HeadCall head{};
+  head.N = call.N;
+  head.H = call.H;
+  head.W = call.W;
+  head.C = call.dim;
+  head.hidden = call.D;
+  head.classes = call.C;
+  head.in_dtype = static_cast<DType>(call.dtype);
+  head.parameter_dtype = static_cast<DType>(call.weight_dtype);
+  head.out_dtype = static_cast<DType>(call.bias_dtype);
+  head.x = view(x, call.strides[0]);
+  head.norm = {norm_weight.floats(), norm_bias.floats(), static_cast<float>(call.eps)};
+  head.fc1 = {fc1_weight.floats(), call.dim, fc1_bias.floats()};
+  head.mid_normed = call.K != 0;
+  head.mid_norm = {mid_weight.floats(), mid_bias.floats(), static_cast<float>(call.eps)};
+  head.fc2 = {fc2_weight.floats(), call.D, fc2_bias.floats()};
+  const Memory out(call.N * (call.C > 0 ? call.C : call.D) * bytes_of(call.bias_dtype), at_begin);
+  head.out = out.data();
+  const Scratch workspace(cpu::head_workspace_bytes(head), at_begin);
+  cpu::head_forward(head, static_cast<int>(call.threads), workspace.data(), on_threads);
+  finish({&x, &norm_weight, &norm_bias, &fc1_weight, &fc1_bias, &mid_weight, &mid_bias, &fc2_weight, &fc2_bias},
+         {&out, &workspace});
+  out.write();
 }
 
 }  // namespace
@@ -284,6 +318,7 @@ int main() {
       case 3: run_downsample(call); break;
       case 4:
       case 5: run_matmul(call); break;
+      case 6: run_head(call); break;
       default: run_op(call);
     }
     std::fwrite("finished", 1, 8, stdout);

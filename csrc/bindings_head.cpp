@@ -1,0 +1,87 @@
+// A classifier's head on the CPU, for inference.
+#include "bindings_common.h"
+#include "cpu/head_cpu.h"
+
+namespace mambaout_kernels {
+namespace {
+
+void check_parameter(const Tensor& tensor, ScalarType dtype, const char* name) {
+  check_cpu(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have fc1_weight's dtype");
+}
+
+// (count,), dense, or empty where there is none.
+Tensor vector(const Tensor& tensor, std::int64_t count, ScalarType dtype, const char* name) {
+  if (tensor.numel() == 0) return tensor;
+  check_parameter(tensor, dtype, name);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == count, name, " must have shape (", count, ",)");
+  return dense(tensor);
+}
+// (rows, columns), the columns dense.
+Tensor matrix(const Tensor& tensor, std::int64_t columns, ScalarType dtype, const char* name) {
+  check_parameter(tensor, dtype, name);
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name, " must have shape (outputs, ", columns, ")");
+  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+const void* data(const Tensor& tensor) { return tensor.numel() == 0 ? nullptr : tensor.const_data_ptr(); }
+
+Tensor head(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor fc1_weight, Tensor fc1_bias,
+            bool mid_normed, Tensor mid_weight, Tensor mid_bias, double mid_eps, Tensor fc2_weight, Tensor fc2_bias,
+            bool bf16) {
+  check_cpu(x, "x");
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0,
+                  "x must be (N, H, W, C) with H, W and C of 1 or more");
+  HeadCall call{};
+  call.N = x.size(0);
+  call.H = x.size(1);
+  call.W = x.size(2);
+  call.C = x.size(3);
+  call.in_dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(call.in_dtype == DType::kFloat32 || call.in_dtype == DType::kBFloat16,
+                  "x must be float32 or bfloat16");
+  const ScalarType dtype = fc1_weight.scalar_type();
+  call.parameter_dtype = dtype_of(fc1_weight, "fc1_weight");
+  STD_TORCH_CHECK(call.parameter_dtype == DType::kFloat32 || call.parameter_dtype == DType::kBFloat16,
+                  "fc1_weight must be float32 or bfloat16");
+  x = channels_dense(x);
+  call.x = view(x);
+
+  fc1_weight = matrix(fc1_weight, call.C, dtype, "fc1_weight");
+  call.hidden = fc1_weight.size(0);
+  STD_TORCH_CHECK(call.hidden > 0, "fc1_weight must have outputs");
+  norm_weight = vector(norm_weight, call.C, dtype, "norm_weight");
+  norm_bias = vector(norm_bias, call.C, dtype, "norm_bias");
+  fc1_bias = vector(fc1_bias, call.hidden, dtype, "fc1_bias");
+  mid_weight = vector(mid_weight, call.hidden, dtype, "mid_weight");
+  mid_bias = vector(mid_bias, call.hidden, dtype, "mid_bias");
+  if (fc2_weight.numel() > 0) {
+    fc2_weight = matrix(fc2_weight, call.hidden, dtype, "fc2_weight");
+    call.classes = fc2_weight.size(0);
+    fc2_bias = vector(fc2_bias, call.classes, dtype, "fc2_bias");
+    call.fc2 = {fc2_weight.const_data_ptr(), fc2_weight.stride(0), data(fc2_bias)};
+  }
+  call.norm = {data(norm_weight), data(norm_bias), static_cast<float>(eps)};
+  call.fc1 = {fc1_weight.const_data_ptr(), fc1_weight.stride(0), data(fc1_bias)};
+  call.mid_normed = mid_normed;
+  call.mid_norm = {data(mid_weight), data(mid_bias), static_cast<float>(mid_eps)};
+
+  call.out_dtype = bf16 ? DType::kBFloat16 : DType::kFloat32;
+  Tensor out = torch::stable::new_empty(x, {call.N, call.classes > 0 ? call.classes : call.hidden},
+                                        bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  call.out = out.mutable_data_ptr();
+  const Workspace workspace(cpu::head_workspace_bytes(call));
+  cpu::head_forward(call, static_cast<int>(torch::stable::get_num_threads()), workspace.data(), parallel_for);
+  return out;
+}
+
+}  // namespace
+}  // namespace mambaout_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels_native, m) {
+  m.def(
+      "head_cpu(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor fc1_bias, bool "
+      "mid_normed, Tensor mid_weight, Tensor mid_bias, float mid_eps, Tensor fc2_weight, Tensor fc2_bias, bool bf16) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels_native, CPU, m) { m.impl("head_cpu", TORCH_BOX(&mambaout_kernels::head)); }
