@@ -354,6 +354,17 @@ class TestFmaPeak:
             # Vectors of 4 to 16 at 10 MHz to 10 GHz: a wrong count of operations or of seconds is outside.
             assert all(1e8 < flops / torch.get_num_threads() < 2e12 for flops in peak.values())
 
+    def test_of_every_cell_and_what_it_fell_to(self, monkeypatch):
+        found = iter([{"fp32": 2e11, "bf16": 4e11}, {"fp32": 1e11, "bf16": 3.9e11}, {"fp32": 1.9e11, "bf16": 4.1e11}])
+        monkeypatch.setattr(machine, "fma_peak", lambda: next(found))
+        peaks = measure.Peaks()
+        assert peaks.best() == {}
+        assert peaks.disturbances(1) == []
+        assert [peaks.now()["fp32"] for _ in range(3)] == [2e11, 1e11, 1.9e11]
+        assert peaks.best() == {"fp32": 2e11, "bf16": 4.1e11}
+        (said,) = peaks.disturbances(1)
+        assert "with 1 thread, the processor's own peak in fp32 fell to 50%" in said
+
     def test_of_every_thread(self):
         module = backends.load("cpu").module
         before = torch.get_num_threads()

@@ -15,6 +15,7 @@ from .workloads import Cell
 
 Row = dict[str, Any]
 OWN_SHARE = 0.95  # of the time, that a pinned process should have its core
+STEADY = 0.9  # of the best FMA peak, that those measured at other times should reach
 
 
 class Watch:
@@ -40,6 +41,33 @@ class Watch:
         if threads == 1 and self._cpu < OWN_SHARE * self._wall:
             share = self._cpu / self._wall
             found.append(f"with 1 thread, the process had its core for only {share:.0%} of the time")
+        return found
+
+
+class Peaks:
+    """The FMA peak of PyTorch's threads, measured for every cell anew: a neighbour on a shared core may halve it."""
+
+    def __init__(self) -> None:
+        self._found: list[dict[str, float]] = []
+
+    def now(self) -> dict[str, float]:
+        """FLOP/s by dtype."""
+        self._found.append(machine.fma_peak())
+        return self._found[-1]
+
+    def best(self) -> dict[str, float]:
+        """Of all that were measured; empty if none was, or without the compiled kernels."""
+        return {dtype: max(peaks[dtype] for peaks in self._found) for dtype in (self._found or [{}])[0]}
+
+    def disturbances(self, threads: int) -> list[str]:
+        found = []
+        for dtype, best in self.best().items():
+            lowest = min(peaks[dtype] for peaks in self._found)
+            if lowest < STEADY * best:
+                found.append(
+                    f"with {threads} thread{'s' if threads > 1 else ''}, the processor's own peak in {dtype} fell to "
+                    f"{lowest / best:.0%} of its best at times: compare times within a cell, not across cells"
+                )
         return found
 
 
@@ -99,7 +127,7 @@ def time_cell(
 ) -> list[Row]:
     """One row per contender. Where fused is wrong, its row has `check` false, times, and no speed-up.
 
-    `peak`: machine.fma_peak() of the same threads; `folder`: where exported models are kept.
+    `peak`: machine.fma_peak() of the same threads, just before; `folder`: where exported models are kept.
     """
     checked = accuracy.worst(workloads.verify(cell)) if "fused" in cell.contenders else None
     workload = workloads.build(cell, folder)

@@ -59,30 +59,30 @@ def _pin(threads: int) -> int | None:
 
 def events(job: Job) -> Iterator[dict[str, Any]]:
     """{"step": what comes next}, {"rows": [...]} after it; at the end {"pinned": core, "disturbances": [...],
-    "fma_peak": FLOP/s by dtype}."""
+    "fma_peak": FLOP/s by dtype, the best}."""
     import torch
 
-    from . import machine, measure
+    from . import measure
 
     pinned = _pin(job.threads)
     torch.set_num_threads(job.threads)
-    peak = machine.fma_peak() if job.timed or job.parts else {}
     folder = None if job.folder is None else Path(job.folder)
-    watch = measure.Watch()
+    watch, peaks = measure.Watch(), measure.Peaks()
     for cell in job.timed:
         yield {"step": f"{cell.subject} {cell.mode} {cell.label} {cell.dtype}, batch {cell.batch}"}
-        yield {"rows": measure.time_cell(cell, job.threads, job.budget_s, watch, peak, folder)}
+        yield {"rows": measure.time_cell(cell, job.threads, job.budget_s, watch, peaks.now(), folder)}
     for cell in job.parts:
         yield {"step": f"parts of {cell.label} {cell.dtype}, batch {cell.batch}"}
-        yield {"rows": measure.stage_rows(cell, job.threads, job.budget_s, peak, watch)}
+        yield {"rows": measure.stage_rows(cell, job.threads, job.budget_s, peaks.now(), watch)}
     disturbances = watch.disturbances(job.threads) if job.timed or job.parts else []
+    disturbances += peaks.disturbances(job.threads)
     for cell in job.memory:
         yield {"step": f"memory of {cell.subject} {cell.mode} {cell.label} {cell.dtype}, batch {cell.batch}"}
         yield {"rows": measure.memory_cell(cell, job.threads)}
     if job.overhead:
         yield {"step": "overhead of a call"}
         yield {"rows": measure.overhead_rows(job.threads, job.budget_s)}
-    yield {"pinned": pinned, "disturbances": disturbances, "fma_peak": peak}
+    yield {"pinned": pinned, "disturbances": disturbances, "fma_peak": peaks.best()}
 
 
 def main() -> None:
