@@ -58,17 +58,18 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias, bool used_once) {
   }
   if (!used_once) return product(call, x);
   Tensor out = torch::stable::new_empty(x, {call.M, call.N});
-  const DotsCall dots{call.M,
-                      call.N,
-                      call.K,
-                      call.a,
-                      call.a_m,
-                      call.b,
-                      call.b_n,
-                      DType::kFloat32,
-                      call.bias,
-                      Act::kIdentity,
-                      static_cast<float*>(out.mutable_data_ptr())};
+  DotsCall dots{};
+  dots.M = call.M;
+  dots.N = call.N;
+  dots.K = call.K;
+  dots.a = call.a;
+  dots.a_step = call.a_m;
+  dots.b = call.b;
+  dots.b_step = call.b_n;
+  dots.b_dtype = DType::kFloat32;
+  dots.bias = call.bias;
+  dots.act = Act::kIdentity;
+  dots.out = static_cast<float*>(out.mutable_data_ptr());
   cpu::dots(dots, static_cast<int>(torch::stable::get_num_threads()), parallel_for);
   return out;
 }

@@ -138,7 +138,7 @@ def remember(
         pack: whose packed parameters the call used.
         owners: the modules that called; the types, hooks and parameters of their children count.
         settings: attributes that count, of whichever of the children has them.
-        parameters: what was packed.
+        parameters: what was packed, or what the op reads.
         run, x, y: the native op, what it was given besides the packed parameters and `arguments`, and what it gave.
         packed: whether parameters were; if not, the op reads them as they are at each call, and takes only `arguments`.
     """

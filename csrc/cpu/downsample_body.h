@@ -1,5 +1,4 @@
-// The downsampling over one task, written once for every instruction set. Needs layer_norm.h
-// and gemm_tile.h before it.
+// The downsampling over one task, written once for every instruction set. Needs layer_norm.h and gemm_tile.h before it.
 //
 // The three pixels of x that a row of the filter covers are neighbours in memory, and so are, two pixels on, those of
 // the next output: a matrix product of depth 3 * channels on x as it lies, for each of the filter's three rows.
