@@ -57,7 +57,7 @@ GatedDwconvShape checked_shape(const Tensor& u, const Tensor& weight, const Tens
 
 Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
   const GatedDwconvShape shape = checked_shape(u, weight, bias, act);
-  u = channels_dense(u);
+  u = last_dense(u);
   weight = dense(weight);
   bias = dense(bias);
   Tensor y = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, shape.D});
@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
       dy.dim() == 4 && dy.size(0) == shape.N && dy.size(1) == shape.H && dy.size(2) == shape.W && dy.size(3) == shape.D,
       "dy must be (N, H, W, hidden), as y");
   STD_TORCH_CHECK(dtype_of(dy, "dy") == shape.dtype, "dy must have the dtype of u");
-  dy = channels_dense(dy);
-  u = channels_dense(u);
+  dy = last_dense(dy);
+  u = last_dense(u);
   weight = dense(weight);
   bias = dense(bias);
   Tensor du = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, 2 * shape.D});

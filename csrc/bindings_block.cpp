@@ -85,12 +85,11 @@ Tensor gated_cnn_block(Tensor x, Tensor packed, double eps, std::int64_t act) {
   call.shape.act = static_cast<Act>(act);
   call.shape.eps = static_cast<float>(eps);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == call.shape.dim, "x must be (N, H, W, dim) with the dim that was packed");
-  call.dtype = dtype_of(x, "x");
-  STD_TORCH_CHECK(call.dtype == DType::kFloat32 || call.dtype == DType::kBFloat16, "x must be float32 or bfloat16");
+  call.dtype = float_or_bfloat16(x, "x");
   call.N = x.size(0);
   call.H = x.size(1);
   call.W = x.size(2);
-  x = channels_dense(x);
+  x = last_dense(x);
   Tensor out = torch::stable::new_empty(x, {call.N, call.H, call.W, call.shape.dim});
   advise_huge_pages(out);
   call.x = view(x);

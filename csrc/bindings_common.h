@@ -33,12 +33,20 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+// Of what inference computes on.
+inline DType float_or_bfloat16(const Tensor& tensor, const char* name) {
+  const DType dtype = dtype_of(tensor, name);
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16, name, " must be float32 or bfloat16");
+  return dtype;
+}
+
 inline void check_cpu(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
 }
 
-inline Tensor channels_dense(const Tensor& tensor) {
-  return tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+// Whose last dimension is dense; a copy where it is not.
+inline Tensor last_dense(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

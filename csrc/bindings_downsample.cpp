@@ -66,9 +66,7 @@ Tensor downsample(Tensor x, Tensor packed, bool normed, double eps, std::int64_t
   call.shape.eps = static_cast<float>(eps);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == call.shape.in_channels,
                   "x must be (N, H, W, in_channels) with the in_channels that was packed");
-  call.in_dtype = dtype_of(x, "x");
-  STD_TORCH_CHECK(call.in_dtype == DType::kFloat32 || call.in_dtype == DType::kBFloat16,
-                  "x must be float32 or bfloat16");
+  call.in_dtype = float_or_bfloat16(x, "x");
   call.out_dtype = bf16 ? DType::kBFloat16 : DType::kFloat32;
   call.N = x.size(0);
   call.H = x.size(1);

@@ -21,7 +21,7 @@ Tensor vector(const Tensor& tensor, std::int64_t count, ScalarType dtype, const 
 Tensor matrix(const Tensor& tensor, std::int64_t columns, ScalarType dtype, const char* name) {
   check_parameter(tensor, dtype, name);
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name, " must have shape (outputs, ", columns, ")");
-  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return last_dense(tensor);
 }
 const void* data(const Tensor& tensor) { return tensor.numel() == 0 ? nullptr : tensor.const_data_ptr(); }
 
@@ -36,14 +36,10 @@ Tensor head(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor f
   call.H = x.size(1);
   call.W = x.size(2);
   call.C = x.size(3);
-  call.in_dtype = dtype_of(x, "x");
-  STD_TORCH_CHECK(call.in_dtype == DType::kFloat32 || call.in_dtype == DType::kBFloat16,
-                  "x must be float32 or bfloat16");
+  call.in_dtype = float_or_bfloat16(x, "x");
   const ScalarType dtype = fc1_weight.scalar_type();
-  call.parameter_dtype = dtype_of(fc1_weight, "fc1_weight");
-  STD_TORCH_CHECK(call.parameter_dtype == DType::kFloat32 || call.parameter_dtype == DType::kBFloat16,
-                  "fc1_weight must be float32 or bfloat16");
-  x = channels_dense(x);
+  call.parameter_dtype = float_or_bfloat16(fc1_weight, "fc1_weight");
+  x = last_dense(x);
   call.x = view(x);
 
   fc1_weight = matrix(fc1_weight, call.C, dtype, "fc1_weight");

@@ -12,7 +12,7 @@ Tensor matrix(const Tensor& tensor, const char* name) {
   check_cpu(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, has ", tensor.dim());
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
-  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return last_dense(tensor);
 }
 const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
@@ -58,19 +58,8 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias, bool used_once) {
   }
   if (!used_once) return product(call, x);
   Tensor out = torch::stable::new_empty(x, {call.M, call.N});
-  DotsCall dots{};
-  dots.M = call.M;
-  dots.N = call.N;
-  dots.K = call.K;
-  dots.a = call.a;
-  dots.a_step = call.a_m;
-  dots.b = call.b;
-  dots.b_step = call.b_n;
-  dots.b_dtype = DType::kFloat32;
-  dots.bias = call.bias;
-  dots.act = Act::kIdentity;
-  dots.out = static_cast<float*>(out.mutable_data_ptr());
-  cpu::dots(dots, static_cast<int>(torch::stable::get_num_threads()), parallel_for);
+  call.out = static_cast<float*>(out.mutable_data_ptr());
+  cpu::dots(dots_of(call), static_cast<int>(torch::stable::get_num_threads()), parallel_for);
   return out;
 }
 

@@ -33,4 +33,10 @@ struct DotsCall {
   float* out;  // [M][N]
 };
 
+// The same product, of a_k and b_k of 1, and no row sums.
+inline DotsCall dots_of(const MatmulCall& call) {
+  return {call.M,   call.N,          call.K,    call.a,         call.a_m, call.b,
+          call.b_n, DType::kFloat32, call.bias, Act::kIdentity, call.out};
+}
+
 }  // namespace mambaout_kernels

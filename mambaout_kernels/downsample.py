@@ -14,7 +14,7 @@ from . import seen
 from .backends import cpu
 from .linear import hooked
 from .norm_linear import is_layer_norm
-from .packs import Pack, low_precision, packed, stored_dtype
+from .packs import Pack, check_dtype, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
@@ -28,8 +28,7 @@ _library.define(
 def _check(x: Tensor, weight: Tensor, act: str) -> None:
     if x.ndim != 4 or x.shape[3] != weight.shape[1]:
         raise ValueError(f"x must be (N, H, W, {weight.shape[1]}), as weight's inputs; got {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"x must be float32 or bfloat16; got {x.dtype}")
+    check_dtype(x=x)
     if weight.shape[2:] != (3, 3):
         raise ValueError(f"weight must be (out_channels, in_channels, 3, 3); got {tuple(weight.shape)}")
     if act not in ACTIVATIONS:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from . import linear, seen
 from .backends import cpu
-from .linear import any_global_hook, hooked
+from .linear import all_hooked, hooked
 from .norm_linear import is_layer_norm
-from .packs import Pack, low_precision, stored_dtype
+from .packs import Pack, check_dtype, low_precision, stored_dtype
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
-    "head(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias, "
-    "bool mid_normed, Tensor? mid_weight, Tensor? mid_bias, float mid_eps, Tensor? fc2_weight, Tensor? fc2_bias, "
+    "head(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mid_weight, "
+    "Tensor? mid_bias, Tensor? fc2_weight, Tensor? fc2_bias, float eps, float mid_eps, bool mid_normed, "
     "ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -32,9 +32,7 @@ def _check(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor | None) -> None:
     hidden, channels = fc1_weight.shape
     if x.ndim != 4 or x.shape[3] != channels or 0 in x.shape[1:3]:
         raise ValueError(f"x must be (N, H, W, {channels}), as fc1_weight's inputs, H, W >= 1; got {tuple(x.shape)}")
-    for name, tensor in (("x", x), ("fc1_weight", fc1_weight)):
-        if tensor.dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"{name} must be float32 or bfloat16; got {tensor.dtype}")
+    check_dtype(x=x, fc1_weight=fc1_weight)
     if fc2_weight is not None and (fc2_weight.ndim != 2 or fc2_weight.shape[1] != hidden or fc2_weight.shape[0] == 0):
         raise ValueError(f"fc2_weight must be (classes, {hidden}), for fc1_weight's; got {tuple(fc2_weight.shape)}")
 
@@ -43,15 +41,15 @@ def _impl(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
-    mid_normed: bool,
     mid_weight: Tensor | None,
     mid_bias: Tensor | None,
-    mid_eps: float,
     fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
+    eps: float,
+    mid_eps: float,
+    mid_normed: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     _check(x, fc1_weight, fc2_weight)
@@ -60,7 +58,7 @@ def _impl(
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    fc1_weight, fc2_weight, dtype = arguments[3], arguments[9], arguments[11]
+    fc1_weight, fc2_weight, dtype = arguments[2], arguments[6], arguments[11]
     _check(x, fc1_weight, fc2_weight)
     outputs = fc1_weight.shape[0] if fc2_weight is None else fc2_weight.shape[0]
     return x.new_empty((x.shape[0], outputs), dtype=dtype)
@@ -97,6 +95,12 @@ class Head(nn.Module):
 _forward = Head.forward
 
 
+def _parameters(norm: Any, head: Any) -> tuple[Any, ...]:
+    """Weight and bias of the norm, of fc1, of the norm between and of fc2; None for what is not there."""
+    modules = (norm, head.fc1, head.norm, head.fc2)
+    return tuple(getattr(m, name, None) for m in modules for name in ("weight", "bias"))
+
+
 def applies(norm: Any, head: Any, x: Tensor) -> bool:
     """Whether the op computes head(norm(mean of x over H and W)), x (N, H, W, channels).
 
@@ -113,19 +117,16 @@ def applies(norm: Any, head: Any, x: Tensor) -> bool:
         return False
     if fc1.in_features != x.shape[3] or any(map(hooked, (norm, head, fc1, head.act, dropout, fc2))):
         return False
-    parameters: list[Any] = [fc1.weight, fc1.bias]
-    for layer_norm, width in ((norm, fc1.in_features), (mid, fc1.out_features)):
-        if layer_norm is not None:
-            if not is_layer_norm(layer_norm) or hooked(layer_norm) or layer_norm.normalized_shape != (width,):
-                return False
-            parameters += [layer_norm.weight, layer_norm.bias]
+    if not is_layer_norm(norm) or norm.normalized_shape != (fc1.in_features,):
+        return False
+    if mid is not None and (not is_layer_norm(mid) or hooked(mid) or mid.normalized_shape != (fc1.out_features,)):
+        return False
     if type(fc2) is nn.Linear:
         if fc2.in_features != fc1.out_features or fc2.out_features == 0:
             return False
-        parameters += [fc2.weight, fc2.bias]
     elif type(fc2) is not nn.Identity:
         return False
-    return norm is not None and all(p is None or (p.dtype == stored and p.device == x.device) for p in parameters)
+    return all(p is None or (p.dtype == stored and p.device == x.device) for p in _parameters(norm, head))
 
 
 # Attributes of the modules that `applies` looks at.
@@ -139,7 +140,7 @@ def call(model: Any, pack: Pack, x: Tensor) -> Tensor | None:
     """
     if Head.forward is not _forward:
         return None
-    if not torch.compiler.is_compiling() and (any_global_hook is None or any_global_hook()):
+    if not torch.compiler.is_compiling() and all_hooked():
         return None
     y = seen.again(pack, cpu.head, x)
     if y is not None:
@@ -147,13 +148,10 @@ def call(model: Any, pack: Pack, x: Tensor) -> Tensor | None:
     norm, head = model.norm, model.head
     if not applies(norm, head, x):
         return None
-    mid, fc1, fc2 = head.norm, head.fc1, head.fc2
-    of_norm, of_mid = (norm.weight, norm.bias), (None, None) if mid is None else (mid.weight, mid.bias)
-    of_fc2 = (None, None) if type(fc2) is nn.Identity else (fc2.weight, fc2.bias)
-    mid_eps = 0.0 if mid is None else mid.eps
+    parameters, mid = _parameters(norm, head), head.norm
+    settings = (norm.eps, 0.0 if mid is None else mid.eps, mid is not None)
     dtype = torch.bfloat16 if low_precision(x) else torch.float32
-    y = _op(x, *of_norm, norm.eps, fc1.weight, fc1.bias, mid is not None, *of_mid, mid_eps, *of_fc2, dtype)
-    parameters = (*of_norm, fc1.weight, fc1.bias, *of_mid, *of_fc2)
-    arguments = (parameters, norm.eps, mid_eps, mid is not None, dtype == torch.bfloat16)
+    y = _op(x, *parameters, *settings, dtype)
+    arguments = (parameters, *settings, dtype == torch.bfloat16)
     seen.remember(pack, (model, head), _SETTINGS, parameters, cpu.head, x, y, *arguments, packed=False)
     return y

@@ -164,9 +164,13 @@ def linear_dweight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return rows.t() @ _rows(x), rows.sum(dim=0)
 
 
-# Whether there are hooks on all modules; None where this torch does not tell.
-any_global_hook: Any = getattr(nn.modules.module, "_has_any_global_hook", None)
+_any_global_hook: Any = getattr(nn.modules.module, "_has_any_global_hook", None)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def all_hooked() -> bool:
+    """Whether there are hooks on all modules, or this torch does not tell."""
+    return _any_global_hook is None or bool(_any_global_hook())
 
 
 def hooked(module: nn.Module) -> bool:

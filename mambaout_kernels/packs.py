@@ -47,6 +47,16 @@ def packed_bytes(module: nn.Module) -> int:
     return sum(_packs[pack.number][1].nbytes for pack in found if isinstance(pack, Pack) and pack.number in _packs)
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_dtype(**tensors: Tensor) -> None:
+    """TypeError for one, by name, that no op for inference computes on."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32 or bfloat16; got {tensor.dtype}")
+
+
 def stored_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that a module's parameters must have for an op on packed ones to compute on x what its layers would.
 
@@ -55,7 +65,7 @@ def stored_dtype(x: Tensor) -> torch.dtype | None:
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.ndim != 4 or backends.preferred("cpu") != "cpu":
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in _DTYPES:
         return None
     if not torch.is_autocast_enabled("cpu"):
         return x.dtype

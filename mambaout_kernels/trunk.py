@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import any_global_hook, hooked
+from .linear import all_hooked, hooked
 from .packs import Pack
 from .seen import Objects, Recording, Seen, observed, recording
 
@@ -36,18 +36,18 @@ def call(
     """
     if torch.compiler.is_compiling():
         return run(x)
-    if pack.seen is not None and type(x) is Tensor and pack.seen.again(x) and not any_global_hook():
+    if pack.seen is not None and type(x) is Tensor and pack.seen.again(x) and not all_hooked():
         forwards, steps = pack.seen.arguments
         if all(kind.forward is forward for kind, forward in forwards):
             y = x.permute(0, 2, 3, 1)
             for op, arguments in steps:
                 y = op(y, *arguments)
             return y
-    if observed() or type(x) is not Tensor or torch.is_grad_enabled() or any_global_hook is None:
+    if observed() or type(x) is not Tensor or torch.is_grad_enabled() or all_hooked():
         return run(x)
     with recording() as ops:
         y = run(x)
-    if any_global_hook() or not _is_all(ops, x, y):
+    if not _is_all(ops, x, y):
         return y
     parents, called = modules()
     if all(_is_known(m) for m in called):

@@ -16,7 +16,7 @@ from .backends import cpu
 from .causal import CausalConv2d
 from .linear import hooked
 from .norm_linear import is_layer_norm
-from .packs import low_precision, packed, stored_dtype
+from .packs import check_dtype, low_precision, packed, stored_dtype
 from .reference import ACTIVATIONS
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
@@ -32,8 +32,7 @@ def _check(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, act: str) -> None:
     dim = fc1_weight.shape[1]
     if x.ndim != 4 or x.shape[3] != dim:
         raise ValueError(f"x must be (N, H, W, {dim}), as fc1's inputs; got {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"x must be float32 or bfloat16; got {x.dtype}")
+    check_dtype(x=x)
     if fc2_weight.shape != (dim, fc1_weight.shape[0] // 2):
         raise ValueError(
             f"fc2_weight must be {(dim, fc1_weight.shape[0] // 2)}, for fc1's; got {tuple(fc2_weight.shape)}"

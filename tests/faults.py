@@ -107,7 +107,7 @@ FAULTS = [
                  "b.h1 = part_begin(shape.H, strips, strip + 1) - (strips > 1);", "tests/test_cpu_kernels.py -k fp64"),
     FaultySource("csrc/cpu/block_dispatch.cpp", "return k - at.identity < shape.C ? k - at.identity + identity : -1;",
                  "return k - at.identity + identity;", "tests/test_cpu_launch.py -k 'block and plain'"),
-    FaultySource("csrc/cpu/block_body.h", "- mean - off) * scale, load", "- mean) * scale, load",
+    FaultySource("csrc/cpu/layer_norm.h", "- mean - off) * scale, load", "- mean) * scale, load",
                  "tests/test_cpu_launch.py -k alike"),
     FaultySource("csrc/cpu/block_body.h", "rows.kh1 = static_cast<int>(h + R_ < call_.H ?",
                  "rows.kh1 = static_cast<int>(h + R_ <= call_.H ?",

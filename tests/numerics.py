@@ -20,6 +20,12 @@ def assert_no_worse(actual: Tensor, eager: Tensor, exact: Tensor, slack: float =
     assert found.passed, f"error {found.error:.3e}, allowed {found.allowed:.3e}"
 
 
+def assert_alike(ours: Tensor, theirs: Tensor, share: float = 1e-5) -> None:
+    """The same computation by other means: no further apart than a share of the largest value."""
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    assert (ours.double() - theirs.double()).abs().max() <= share * theirs.double().abs().max()
+
+
 FEW = 64  # independent errors, whose mean square is left to chance
 COMPARED = {"tensors": 0, "too few errors to compare": 0}  # of generated cases
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from numerics import assert_alike
 from torch import nn
 from watch import Watch
 
@@ -57,11 +58,6 @@ def known(monkeypatch):
         monkeypatch.setattr(module, "again", counted)
     monkeypatch.setattr("mambaout_kernels.models.again", downsample.again)
     return found
-
-
-def assert_alike(ours, theirs, share=1e-5):
-    assert ours.dtype == theirs.dtype
-    assert (ours - theirs).abs().max() <= share * theirs.abs().max()
 
 
 def by_modules(module, x):

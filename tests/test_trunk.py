@@ -4,7 +4,9 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 
+import numerics
 import pytest
 import torch
 from torch import nn
@@ -54,9 +56,7 @@ def by_modules(model, x):
         return model.forward_features(x)
 
 
-def assert_alike(ours, theirs):
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+assert_alike = partial(numerics.assert_alike, share=1e-4)
 
 
 def test_the_second_call_calls_no_block_and_has_the_same_bits(blocks_called):

@@ -12,7 +12,7 @@ constexpr std::int64_t kMatmulDepth = 256;
 // Elements from row to row of them: an odd number of cache lines, so that a tile's rows do not share sets of L1.
 constexpr std::int64_t kMatmulStep = kMatmulDepth + 16;
 
-// One task: a rectangle of the output; for `run`, n0 is a multiple of two vectors.
+// One task: a rectangle of the output; n0 is a multiple of two vectors.
 struct MatmulTask {
   const MatmulCall* call;
   std::int64_t m0, m1, n0, n1;

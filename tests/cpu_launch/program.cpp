@@ -267,9 +267,7 @@ void run_matmul(const Call& call) {
   matmul.row_sums = (call.C & 2) != 0 ? reinterpret_cast<float*>(row_sums.data()) : nullptr;
   const Scratch workspace(call.kind == 5 ? 0 : cpu::matmul_workspace_bytes(matmul, threads), at_begin);
   if (call.kind == 5) {
-    cpu::dots({matmul.M, matmul.N, matmul.K, matmul.a, matmul.a_m, matmul.b, matmul.b_n, DType::kFloat32, matmul.bias,
-               Act::kIdentity, matmul.out},
-              threads, on_threads);
+    cpu::dots(dots_of(matmul), threads, on_threads);
   } else {
     cpu::matmul(matmul, threads, workspace.data(), on_threads);
   }
