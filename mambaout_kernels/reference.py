@@ -24,7 +24,7 @@ def _gelu_slope(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_slope(x: Tensor) -> Tensor:
-    near = x.clamp(-10, 10)  # beyond, the tangent is 1 in every dtype, and powers of x overflow: in fp16 from 256 on
+    near = x.clamp(-10, 10)  # beyond, the tangent is 1 in every dtype, and powers of x overflow
     t = torch.tanh(_TANH_SCALE * (near + _TANH_CUBIC * near**3))
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBIC * near * near)
 
@@ -56,8 +56,8 @@ def activation(x: Tensor, act: str) -> Tensor:
 
 
 def activation_slope(x: Tensor, act: str) -> Tensor:
-    """d act(x) / dx in closed form, elementwise."""
-    return _SLOPES[act](x)
+    """d act(x) / dx in closed form, elementwise; of two-byte types in float32, rounded once, as PyTorch's own."""
+    return _SLOPES[act](x.float()).to(x.dtype) if x.dtype.itemsize == 2 else _SLOPES[act](x)
 
 
 def unavailable() -> str | None:

@@ -233,13 +233,16 @@ def test_plot(tmp_path):
 class TestTolerance:
     exact = torch.tensor([1.0, -2.0], dtype=torch.float64)
 
-    def compare(self, ours, eager):
+    def compare(self, ours, eager, **bound):
         dtype = torch.float32
-        return accuracy.compare("y", torch.tensor(ours, dtype=dtype), torch.tensor(eager, dtype=dtype), self.exact)
+        return accuracy.compare(
+            "y", torch.tensor(ours, dtype=dtype), torch.tensor(eager, dtype=dtype), self.exact, **bound
+        )
 
-    def test_within_twice_eagers_error(self):
+    def test_within_twice_eagers_mean_error(self):
         assert self.compare([1.0, -2.0 - 2e-3], [1.0, -2.0 + 1e-3]).passed
         assert not self.compare([1.0, -2.0 - 3e-3], [1.0, -2.0 + 1e-3]).passed
+        assert not self.compare([1.0 + 2e-3, -2.0 - 2e-3], [1.0, -2.0 + 1e-3]).passed
 
     def test_one_rounding_where_eager_is_exact(self):
         half_ulp = torch.finfo(torch.float32).eps
@@ -248,15 +251,57 @@ class TestTolerance:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_not_finite_fails(self, bad):
-        found = self.compare([bad, -2.0], [1.0, -2.0])
-        assert not found.passed
-        assert found.excess == float("inf")
-        assert not self.compare([bad, -2.0], [bad, -2.0]).passed
+        for bound in ({}, {"bound": torch.tensor([1.0, 1.0])}, {"bound": torch.tensor([bad, bad])}):
+            found = self.compare([bad, -2.0], [1.0, -2.0], **bound)
+            assert not found.passed
+            assert found.excess == float("inf")
+            assert not self.compare([bad, -2.0], [bad, -2.0], **bound).passed
 
     def test_another_dtype_or_shape_fails(self):
         y = self.exact.float()
         assert not accuracy.compare("y", y.half(), y, self.exact).passed
         assert not accuracy.compare("y", y[:1], y, self.exact).passed
+
+    def test_each_element_within_its_own_bound(self):
+        bound = torch.tensor([1e-3, 1e-1])
+        assert self.compare([1.0, -2.0 - 5e-2], [1.0, -2.0 - 5e-2], bound=bound).passed
+        found = self.compare([1.0 + 5e-3, -2.0], [1.0 + 5e-3, -2.0], bound=bound)
+        assert not found.passed
+        assert found.excess == pytest.approx(5.0, rel=1e-3)
+        assert "5 times what correct arithmetic can be off by" in str(found)
+
+    def test_an_exact_result_needs_no_bound(self):
+        assert self.compare([1.0, -2.0], [1.0, -2.0], bound=torch.zeros(2)).passed
+
+    @pytest.mark.parametrize(("elements", "differing", "compared"), [(30, 30, False), (5000, 10, False),
+                                                                     (5000, 5000, True)])  # fmt: skip
+    def test_of_few_independent_errors_the_bound_alone_decides(self, elements, differing, compared):
+        """Within their bounds, and ten times eager's; a number that is there many times has one error."""
+        exact = (1 + torch.rand(differing, dtype=torch.float64)).repeat(elements // differing)
+        errors = 1e-4 * torch.randn(differing, dtype=torch.float64).repeat(elements // differing)
+        ours, eager = ((exact + scale * errors).float() for scale in (10.0, 1.0))
+        found = accuracy.compare("y", ours, eager, exact, bound=torch.full_like(exact, 0.1))
+        assert found.passed != compared
+        assert accuracy.compare("y", eager, eager, exact, bound=torch.full_like(exact, 0.1)).passed
+
+    def test_eagers_luck_in_one_large_tensor(self):
+        """Its errors are next to nothing but for one: no mean that says anything."""
+        exact = 1 + torch.rand(5000, dtype=torch.float64)
+        ours = (exact + 1e-4 * torch.randn(5000, dtype=torch.float64)).float()
+        eager = exact.float()
+        eager[7] += 1e-3
+        assert accuracy.compare("y", ours, eager, exact, bound=torch.full_like(exact, 1e-2)).passed
+
+    def test_a_models_gradients_are_one(self):
+        exact = {"y": self.exact, "a": torch.rand(3, dtype=torch.float64), "b": torch.rand(900, dtype=torch.float64)}
+        eager = {name: t.float() + 1e-4 * torch.randn(t.shape) for name, t in exact.items()}
+        assert all(found.passed for found in accuracy.compare_model(eager, eager, exact))
+        for name in ("a", "b"):
+            worse = {**eager, name: eager[name] * 1.01}
+            y, gradients = accuracy.compare_model(worse, eager, exact)
+            assert (y.name, gradients.name) == ("y", "gradients")
+            assert y.passed
+            assert not gradients.passed
 
 
 def test_kept_bytes_counts_each_storage_once():

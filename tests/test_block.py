@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_no_worse
+from numerics import assert_accurate, assert_model_accurate
 from torch import nn
 
 from mambaout_kernels import block as block_module
+from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.block import DropPath, FusedGatedCNNBlock, activation_name
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -53,7 +54,7 @@ def composed(block, x, act):
     return block.ls(block.fc2(act(g) * torch.cat((i, c), dim=-1))) + x
 
 
-def run(forward, block, x, context=None):
+def run(forward, block, x, context=None, dy=None):
     """Output, and the gradients of x and of every parameter, of a fixed random loss."""
     x = x.clone().requires_grad_()
     if context is None:
@@ -61,22 +62,27 @@ def run(forward, block, x, context=None):
     else:
         with context():
             y = forward(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)) if dy is None else dy
     names, parameters = zip(*block.named_parameters(), strict=True)
-    return {"y": y, **dict(zip(["x", *names], torch.autograd.grad(y, [x, *parameters], dy), strict=True))}
+    gradients = torch.autograd.grad(y, [x, *parameters], dy.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(["x", *names], gradients, strict=True))}
 
 
-def check_against_composition(block, x, act, context=None):
-    exact_block = copy.deepcopy(block).double()
-    exact = run(lambda x: composed(exact_block, x, act), exact_block, x.double())
+def check_against_composition(block, x, act, context=None, low=None):
+    """low: of the autocast that `context` is."""
     eager = run(lambda x: composed(block, x, act), block, x, context)
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(eager["y"].dtype)
+    exact_block = copy.deepcopy(block).double()
+    exact = run(lambda x: composed(exact_block, x, act), exact_block, x.double(), dy=dy)
     actual = run(block, block, x, context)
+    bounds = error_bounds.of_block(block, x, dy, low)
+    assert exact.keys() == bounds.keys()
     for name, truth in exact.items():
-        if actual[name].dtype == torch.float64:  # eager is the truth itself, so there is no error to compare with
-            assert eager[name].dtype == torch.float64
-            torch.testing.assert_close(actual[name], truth, rtol=0, atol=1e-13 * truth.abs().max().item())
-        else:
-            assert_no_worse(actual[name], eager[name], truth)
+        try:
+            assert_accurate(actual[name], eager[name], truth, bounds[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+    assert_model_accurate(actual, eager, exact)
 
 
 @pytest.fixture
@@ -149,13 +155,15 @@ def test_autocast(dtype, ls_init_value, op_calls):
         composed(block, make_x(), F.gelu)
     assert actual == seen
     assert actual[2][0] == dtype  # what the op returns
-    check_against_composition(block, make_x(), F.gelu, context)
+    check_against_composition(block, make_x(), F.gelu, context, dtype)
     assert op_calls == ["gelu", "gelu"]
 
 
 def test_autocast_over_other_low_precision_parameters():
     block = make_block().half()
-    check_against_composition(block, make_x().half(), F.gelu, partial(torch.autocast, "cpu", torch.bfloat16))
+    check_against_composition(
+        block, make_x().half(), F.gelu, partial(torch.autocast, "cpu", torch.bfloat16), torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -7,7 +7,6 @@ of the module, and under AddressSanitizer, UndefinedBehaviorSanitizer and Thread
 import copy
 import functools
 
-import error_bounds
 import pytest
 import torch
 from cpu_launch import launch
@@ -25,11 +24,12 @@ from generated import (
     op_cases,
 )
 from hypothesis import given
-from numerics import Inputs, assert_no_worse, assert_no_worse_in_any_case, check_outputs, eager, exact, make_inputs
+from numerics import Inputs, assert_accurate, check_outputs, expected_of, make_inputs
 from torch import nn
 
 from mambaout_kernels import backends, reference
 from mambaout_kernels.backends import cpu
+from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.reference import ACTIVATIONS
 
 if launch.missing() or cpu.unavailable():
@@ -95,7 +95,7 @@ def _programs_end_well():
 def case(shape, dtype, act, layout):
     inputs = make_inputs(*shape, dtype)
     inputs = Inputs(LAYOUTS[layout](inputs.u), inputs.weight, inputs.bias, LAYOUTS[layout](inputs.dy))
-    return inputs, (eager(inputs, act), exact(inputs, act))
+    return inputs, expected_of(inputs, act)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -141,7 +141,8 @@ def block_case(shape, dtype, layout):
         "ls_init_value": 0.5,
     }
     case = BlockCase((N, H, W, dim), tuple(arguments.items()), "gelu", dtype, layout, 4, "", 1, False)
-    return case.x, *block_and_outputs(case)
+    block, theirs, truth = block_and_outputs(case)
+    return case.x, block, theirs, truth, error_bounds.of_block(block, case.x)["y"]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -149,11 +150,11 @@ def block_case(shape, dtype, layout):
 def test_block(kind, shape, isa):
     for i, layout in enumerate(LAYOUTS):
         for dtype in (torch.float32, torch.bfloat16):
-            x, block, theirs, truth = block_case(BLOCKS[shape], dtype, layout)
+            x, block, *beside = block_case(BLOCKS[shape], dtype, layout)
             low_precision = dtype == torch.bfloat16 and isa == "avx512_bf16"
             where = Where(isa, threads=1 + i, at_begin=i % 2 == 1)
             ours = program(kind).block(x, parameters_of(block), "gelu", block.norm.eps, low_precision, where)
-            assert_no_worse(ours, theirs, truth)
+            assert_accurate(ours, *beside)
 
 
 # N, H, W, in_channels, out_channels, normed
@@ -191,7 +192,8 @@ def test_downsampling(kind, shape, isa):
         x = CHANNELS[layout](torch.randn(N, H, W, channels).to(dtype))
         low_precision = dtype == torch.bfloat16 and isa == "avx512_bf16"
         ours = program(kind).downsample(x, conv, norm, act, low_precision, Where(isa, 1 + i % 3, i % 2 == 1))
-        assert_no_worse(ours, by_modules(x, dtype), by_modules(x, torch.float64))
+        bound = error_bounds.of_downsampling((conv, norm, act), x)
+        assert_accurate(ours, by_modules(x, dtype), by_modules(x, torch.float64), bound)
 
 
 # M, N, K: tails of tiles, panels and depths; one of each; no terms, no columns, no rows
@@ -222,15 +224,14 @@ def test_products(kind, shape, isa):
         sums = a_turned == 1
         eager = torch.addmm(bias, a, b), a.sum(dim=1) if sums else a.new_empty(0)
         truth = torch.addmm(bias.double(), a.double(), b.double()), a.double().sum(dim=1) if sums else a.new_empty(0)
-        size = torch.addmm(bias.double().abs(), a.double().abs(), b.double().abs()), a.abs().sum(dim=1)
-        bounds = [error_bounds.gamma(K + 2, 2.0**-24) * s for s in size]
+        bounds = error_bounds.of_product(a, b, bias), error_bounds.of_product(a, a.new_ones(K, 1))[:, 0]
         found = program(kind).product(a, b, bias, sums, False, where)
-        assert_no_worse_in_any_case(found[0], eager[0], truth[0], bounds[0])
+        assert_accurate(found[0], eager[0], truth[0], bounds[0])
         if sums:
-            assert_no_worse_in_any_case(found[1], eager[1], truth[1], bounds[1])
+            assert_accurate(found[1], eager[1], truth[1], bounds[1])
         if b_turned and not a_turned:
             of_rows = program(kind).product(a, b, bias, False, True, where)[0]
-            assert_no_worse_in_any_case(of_rows, eager[0], truth[0], bounds[0])
+            assert_accurate(of_rows, eager[0], truth[0], bounds[0])
 
 
 CASES = {"plain": 40, "memory": 12, "races": 12}
@@ -245,7 +246,7 @@ def test_generated_calls_of_the_op(kind):
     def launched(case):
         inputs = case.inputs
         found = program(kind).op(inputs, case.act, Where(case.isa, case.threads, case.at_begin))
-        check_outputs(case.isa, found, inputs, case.act, any_case=True)
+        check_outputs(case.isa, found, inputs, case.act)
 
     number_of_cases(CASES[kind])(launched)()
 
@@ -259,7 +260,7 @@ def test_generated_calls_of_the_block(kind):
         block, theirs, truth = block_and_outputs(case)
         where = Where(case.isa, case.threads, case.at_begin)
         ours = program(kind).block(case.x, parameters_of(block), case.act, block.norm.eps, low_precision, where)
-        assert_no_worse_in_any_case(ours, theirs, truth, error_bounds.of_block(block, case.x))
+        assert_accurate(ours, theirs, truth, error_bounds.of_block(block, case.x)["y"])
 
     number_of_cases(CASES[kind] // 2)(launched)()
 
@@ -273,8 +274,8 @@ def test_generated_calls_of_the_downsampling(kind):
         conv, norm, theirs, truth = downsampling_and_outputs(case)
         where = Where(case.isa, case.threads, case.at_begin)
         ours = program(kind).downsample(case.x, conv, norm, case.act, low_precision, where)
-        bound = error_bounds.of_downsampling(conv, norm, case.act, case.x)
-        assert_no_worse_in_any_case(ours, theirs, truth, bound)
+        bound = error_bounds.of_downsampling((conv, norm, case.act), case.x)
+        assert_accurate(ours, theirs, truth, bound)
 
     number_of_cases(CASES[kind] // 2)(launched)()
 
@@ -286,7 +287,7 @@ def test_generated_calls_of_the_head(kind):
     def launched(case):
         norm, head, theirs, truth = head_and_outputs(case)
         ours = program(kind).head(case.x, norm, head, Where(case.isa, case.threads, case.at_begin))
-        assert_no_worse_in_any_case(ours, theirs, truth, error_bounds.of_head(norm, head, case.x))
+        assert_accurate(ours, theirs, truth, error_bounds.of_head(norm, head, case.x))
 
     number_of_cases(CASES[kind])(launched)()
 
@@ -318,4 +319,5 @@ def test_block_of_pixels_whose_channels_are_alike(isa):
             return copy.deepcopy(block).to(dtype)(x.to(dtype))
 
     ours = program("plain").block(x.contiguous(), parameters_of(block), "gelu", block.norm.eps, False, Where(isa))
-    assert_no_worse(ours, by_modules(torch.float32), by_modules(torch.float64))
+    bound = error_bounds.of_block(block, x)["y"]
+    assert_accurate(ours, by_modules(torch.float32), by_modules(torch.float64), bound)

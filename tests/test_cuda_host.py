@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuda_host import host
 from cuda_host.host import Device, Fault, Schedule
-from numerics import OUTPUTS, assert_no_worse, eager, exact, make_inputs
+from numerics import OUTPUTS, assert_accurate, eager, expected_of, make_inputs
 
 from mambaout_kernels.reference import ACTIVATIONS
 
@@ -42,15 +42,15 @@ MANY_IMAGES = (9, 4, 5, 24, 16, 7)
 @functools.cache
 def case(shape, dtype, act, weight_dtype=None):
     inputs = make_inputs(*shape, dtype, weight_dtype)
-    return inputs, eager(inputs, act), exact(inputs, act)
+    return inputs, *expected_of(inputs, act)
 
 
 def check(program, shape, dtype, act="gelu", weight_dtype=None, **how):
-    inputs, theirs_of, truth_of = case(shape, dtype, act, weight_dtype)
+    inputs, *beside = case(shape, dtype, act, weight_dtype)
     results = host.run(program, inputs, act, **how)
-    for output, ours, theirs, truth in zip(OUTPUTS, results, theirs_of, truth_of, strict=True):
+    for output, ours, *three in zip(OUTPUTS, results, *beside, strict=True):
         try:
-            assert_no_worse(ours, theirs, truth)
+            assert_accurate(ours, *three)
         except AssertionError as error:
             raise AssertionError(f"{act}: {output}: {error}") from None
 
@@ -107,12 +107,12 @@ def test_zero_sizes_touch_nothing(shape):
 
 def check_the_last_images(check_name, shape, images_before, last_blocks, dtype, backward):
     """Of a tensor so large that its other images, zeros, exist as addresses only; overflow traps in "memory"."""
-    inputs, theirs_of, truth_of = case(shape, dtype, "gelu")
+    inputs, *beside = case(shape, dtype, "gelu")
     program = host.build(check_name, (torch.float32, torch.bfloat16))
     how = {"images_before": images_before, "last_blocks": last_blocks, "backward": backward}
     results = host.run(program, inputs, "gelu", **how)
     for index in range(2 if backward else 1):
-        assert_no_worse(results[index], theirs_of[index], truth_of[index])
+        assert_accurate(results[index], *(each[index] for each in beside))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -213,10 +213,11 @@ def planted(tmp_path, file, right, wrong):
 
 
 def fault_of(kind, kernels, unit, shape, schedule=Schedule()):  # noqa: B008
-    inputs, theirs, truth = case(shape, torch.float32, "gelu")
+    inputs, *beside = case(shape, torch.float32, "gelu")
     program = host.build(kind, (torch.float32,), (unit,), kernels)
+    beside = [each[0] for each in beside]
     with pytest.raises(AssertionError) as found:
-        assert_no_worse(host.run(program, inputs, "gelu", schedule, backward=False)[0], theirs[0], truth[0])
+        assert_accurate(host.run(program, inputs, "gelu", schedule, backward=False)[0], *beside)
     return found
 
 

@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from numerics import OUTPUTS, Inputs, assert_no_worse, eager, exact, make_inputs
+from numerics import OUTPUTS, Inputs, assert_accurate, expected_of, make_inputs
 from torch import nn
 
 import mambaout_kernels as mk
@@ -132,15 +132,15 @@ def test_part_on_image_3_of_a_batch_is_image_3_alone(isa, part, precision, threa
 @functools.cache
 def expected(dtype):
     inputs = make_inputs(3, 29, 33, 72, 48, 7, dtype)
-    return inputs, eager(inputs, "gelu"), exact(inputs, "gelu")
+    return inputs, *expected_of(inputs, "gelu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_instruction_sets_differ_within_the_tolerance_only(isa, dtype):
     """Each within the policy of fp64, so any two within twice of it of each other."""
-    inputs, theirs_of, truth_of = expected(dtype)
-    for ours, theirs, truth in zip(op(inputs), theirs_of, truth_of, strict=True):
-        assert_no_worse(ours, theirs, truth)
+    inputs, *beside = expected(dtype)
+    for ours, *three in zip(op(inputs), *beside, strict=True):
+        assert_accurate(ours, *three)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,13 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import assert_alike
+from numerics import assert_accurate, assert_alike
 from torch import nn
 from watch import Watch
 
 import mambaout_kernels as mk
 from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
+from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.head import Head, _op
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -210,8 +211,8 @@ def test_a_large_map_is_averaged_as_exactly_as_eager_does():
     model = make()
     x = 100 + torch.randn(1, 90, 110, model.num_features)
     exact = by_modules(copy.deepcopy(model).double(), x.double())
-    ours, eager = model.forward_head(x), by_modules(model, x)
-    assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-6 * exact.abs().max()
+    bound = error_bounds.of_head(model.norm, model.head, x)
+    assert_accurate(model.forward_head(x), by_modules(model, x), exact, bound)
 
 
 def test_what_is_wrong_is_named():

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_no_worse
+from numerics import assert_accurate
 from torch import nn
 
 from mambaout_kernels import FusedGatedCNNBlock, backends
 from mambaout_kernels.backends import cpu
+from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.linear import call, linear, linear_dweight, linear_dx
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -52,30 +53,34 @@ def products(x, weight, bias, dy, of):
     return F.linear(x, weight, bias), F.linear(x, weight, bias), dy @ weight, dy.t() @ x, dy.sum(dim=0)
 
 
+def bounds(x, weight, bias, dy):
+    """Of the errors of `products`."""
+    y = error_bounds.of_product(x, weight.t(), bias)
+    of_bias = error_bounds.of_product(dy.t(), dy.new_ones(len(dy), 1))[:, 0]
+    return y, y, error_bounds.of_product(dy, weight), error_bounds.of_product(dy.t(), x), of_bias
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_fp64(isa, shape, layout):
     given = tensors(*shape, layout)
     before = [t.clone() for t in given]
     exact = products(*(t.double() for t in given), of="PyTorch")
-    for ours, eager, truth in zip(products(*given, of="ours"), products(*given, of="PyTorch"), exact, strict=True):
+    eager = products(*given, of="PyTorch")
+    for ours, *beside in zip(products(*given, of="ours"), eager, exact, bounds(*given), strict=True):
         assert ours.is_contiguous()
-        assert_no_worse(ours, eager, truth)
+        assert_accurate(ours, *beside)
     assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
 
 
 @pytest.mark.parametrize("depth", [4096, 25088])
 def test_long_sums(isa, depth):
     """As many terms as a weight's gradient has pixels, none of which may cancel."""
-    x, weight, bias, dy = (t.abs() for t in tensors(depth, 5, 37))
-    for ours, eager, truth in zip(
-        cpu.linear_dweight(dy, x),
-        (dy.t() @ x, dy.sum(dim=0)),
-        (dy.double().t() @ x.double(), dy.double().sum(dim=0)),
-        strict=True,
-    ):
-        assert_no_worse(ours, eager, truth)
-    del weight, bias
+    given = [t.abs() for t in tensors(depth, 5, 37)]
+    eager, exact = products(*given, of="PyTorch"), products(*(t.double() for t in given), of="PyTorch")
+    ours = cpu.linear_dweight(given[3], given[0])
+    for own, *beside in zip(ours, *(results[-2:] for results in (eager, exact, bounds(*given))), strict=True):
+        assert_accurate(own, *beside)
 
 
 @pytest.mark.parametrize("shape", [(3136, 96, 512), (49, 576, 300)], ids=str)

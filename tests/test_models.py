@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from numerics import assert_model_accurate
 from torch import nn
 
 from mambaout_kernels.block import DropPath, FusedGatedCNNBlock
@@ -73,22 +74,6 @@ def run(model, x):
     return {"y": y.detach(), "x": x_grad, **(to_timm(grads) if isinstance(model, MambaOut) else grads)}
 
 
-def assert_runs_agree(actual, eager, exact, slack=2.0):
-    """Every error against fp64 is within `slack` of eager's, plus one rounding.
-
-    By 2-norms: over a stack of layers, the largest error of a few elements varies by more than `slack` with any change
-    in the order of additions, the norm of all of them does not.
-    """
-    assert actual.keys() == eager.keys() == exact.keys()
-    for key, truth in exact.items():
-        assert actual[key].dtype == eager[key].dtype
-        if truth.dtype == actual[key].dtype:
-            torch.testing.assert_close(actual[key], truth, rtol=0, atol=1e-12 * truth.abs().max().item())
-            continue
-        floor = 0.5 * torch.finfo(actual[key].dtype).eps * truth.norm()
-        assert (actual[key] - truth).norm() <= slack * (eager[key] - truth).norm() + floor, key
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameter_count(name):
     with torch.device("meta"):
@@ -130,7 +115,7 @@ def test_equals_timm(name):
     x = make_images(2, 3, 64, 96)
     for training in (True, False):
         runs = [run(m.train(training), x.to(next(m.parameters()).dtype)) for m in (model, reference, exact_reference)]
-        assert_runs_agree(*runs)
+        assert_model_accurate(*runs)
 
 
 @pytest.mark.parametrize("name", ["mambaout_femto", "test_mambaout"])
@@ -220,7 +205,7 @@ def test_other_dtypes_equal_timm(dtype):
     reference = make_timm("test_mambaout", model, in_chans=5, num_classes=10)
     x = make_images(2, 5, 64, 64).to(dtype)
     exact = run(copy.deepcopy(reference).double(), x.double())
-    assert_runs_agree(run(model, x), run(reference, x), exact)
+    assert_model_accurate(run(model, x), run(reference, x), exact)
 
 
 def test_autocast_equals_timm():
@@ -229,7 +214,7 @@ def test_autocast_equals_timm():
     x = make_images(2, 3, 64, 64)
     exact = copy.deepcopy(reference).double()(x.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert_runs_agree({"y": model(x)}, {"y": reference(x)}, {"y": exact})
+        assert_model_accurate({"y": model(x)}, {"y": reference(x)}, {"y": exact})
 
 
 def test_options_reach_the_modules():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from numerics import assert_no_worse
+from numerics import assert_accurate
 from torch import nn
 
 from mambaout_kernels import FusedGatedCNNBlock
+from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.norm_linear import applies, norm_linear
 
 
@@ -27,12 +28,15 @@ def test_same_as_the_modules(bias, dtype):
     ours, theirs = norm_linear(norm, linear, x), linear(norm(x))
     dy = torch.randn_like(ours)
     found = [ours, *torch.autograd.grad(ours, leaves, dy)]
+    bounds = error_bounds.of_norm_linear(norm, linear, x, dy)
+    names = ["y", "x", *(f"{of}.{n}" for of, m in (("norm", norm), ("layer", linear)) for n, _ in m.named_parameters())]
     eager = [theirs, *torch.autograd.grad(theirs, leaves, dy)]
     norm, linear, x, dy = norm.double(), linear.double(), x.detach().double().requires_grad_(), dy.double()
     y = linear(norm(x))
     exact = [y, *torch.autograd.grad(y, [x, *norm.parameters(), *linear.parameters()], dy)]
-    for a, b, c in zip(found, eager, exact, strict=True):
-        assert_no_worse(a.detach(), b.detach(), c.detach())
+    assert set(names) == set(bounds)
+    for name, *three in zip(names, found, eager, exact, strict=True):
+        assert_accurate(*(t.detach() for t in three), bounds[name])
 
 
 def test_gradcheck_twice():

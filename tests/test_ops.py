@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from numerics import assert_no_worse, eager, exact, make_inputs
+from numerics import assert_accurate, expected_of, make_inputs
 
 from mambaout_kernels import backends, gated_dwconv, reference
 
@@ -48,8 +48,8 @@ def test_autograd_against_fp64(dtype, layout):
     tensors = [t.detach().requires_grad_() for t in inputs]
     y = gated_dwconv(*tensors, "gelu")
     ours = (y, *torch.autograd.grad(y, tensors, inputs.dy))
-    for a, b, x in zip(ours, eager(inputs, "gelu"), exact(inputs, "gelu"), strict=True):
-        assert_no_worse(a.detach(), b, x)
+    for a, *beside in zip(ours, *expected_of(inputs, "gelu"), strict=True):
+        assert_accurate(a.detach(), *beside)
 
 
 def test_gradcheck_twice():
@@ -106,9 +106,9 @@ def test_mixed_dtypes_each_gradient_in_its_tensors_dtype(weight_dtype, bias_dtyp
     y = gated_dwconv(*tensors)
     y.backward(inputs.dy)
     assert y.dtype == torch.bfloat16
-    for t, b, x in zip(tensors, eager(inputs, "gelu")[1:], exact(inputs, "gelu")[1:], strict=True):
+    for t, b, *beside in zip(tensors, *(results[1:] for results in expected_of(inputs, "gelu")), strict=True):
         assert t.grad.dtype == t.dtype
-        assert_no_worse(t.grad.to(b.dtype), b, x)
+        assert_accurate(t.grad.to(b.dtype), b, *beside)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

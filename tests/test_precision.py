@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from numerics import assert_model_accurate
 
 from mambaout_kernels import patch
 from mambaout_kernels.block import FusedGatedCNNBlock
@@ -59,23 +60,6 @@ def _is_block(module):
     return isinstance(module, timm.models.mambaout.GatedConvBlock)
 
 
-def relative_error(actual, exact, keys):
-    """Root mean square over tensors of each one's relative error, by norms."""
-    return torch.stack([(actual[k].double() - exact[k]).norm() / exact[k].norm() for k in keys]).square().mean().sqrt()
-
-
-def assert_no_worse_than_eager(actual, eager, exact):
-    """The same dtypes; error against fp64 at most twice eager's, plus one rounding: of the output, of all gradients.
-
-    Of all gradients together, because what reaches one of them has been rounded by every layer above: single tensors
-    of 16 numbers are by chance up to 2.1 times as far off as eager's, or as near; their mean ratio is 0.99 to 1.05.
-    """
-    assert {key: value.dtype for key, value in actual.items()} == {key: value.dtype for key, value in eager.items()}
-    for keys in (["y"], [key for key in exact if key != "y"]):
-        floor = 0.5 * max(torch.finfo(actual[key].dtype).eps for key in keys)
-        assert relative_error(actual, exact, keys) <= 2 * relative_error(eager, exact, keys) + floor
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -87,7 +71,7 @@ def test_autocast_dtype_by_dtype(dtype, layout, device):
     actual, dtypes = observe(fused, images(device), dtype=dtype)
     assert dtypes == expected_dtypes
     assert {torch.float32, dtype} <= {d for pair in dtypes.values() for d in pair}
-    assert_no_worse_than_eager(actual, expected, exact)
+    assert_model_accurate(actual, expected, exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -100,11 +84,7 @@ def test_converted_models(dtype, layout, device):
     exact, _ = observe(exact_model, images(device).to(dtype).double())
     (expected, expected_dtypes), (actual, dtypes) = (observe(m, images(device).to(dtype)) for m in (eager, fused))
     assert dtypes == expected_dtypes
-    if dtype == torch.float64:
-        for key, truth in exact.items():
-            torch.testing.assert_close(actual[key], truth, rtol=0, atol=1e-11 * truth.abs().max().item())
-    else:
-        assert_no_worse_than_eager(actual, expected, exact)
+    assert_model_accurate(actual, expected, exact)
 
 
 @pytest.mark.parametrize("method", ["half", "bfloat16", "double", "float"])

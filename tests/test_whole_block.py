@@ -7,11 +7,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from numerics import assert_no_worse
+from numerics import assert_accurate
 from torch import nn
 
 import mambaout_kernels as mk
 from mambaout_kernels import backends, downsample, packs, whole_block
+from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.benchmarking.inputs import enlivened
 from mambaout_kernels.models import Downsample, Stem
 
@@ -52,7 +53,15 @@ def three_ways(module, x, dtype, autocast=False):
     return fused, eager, exact
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+# of the parameters and the map, and of autocast
+PRECISIONS = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "autocast": (torch.float32, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", BLOCKS)
 def test_block_against_fp64(isa, case, precision):
     dim, H, W, N, arguments = BLOCKS[case]
@@ -60,23 +69,28 @@ def test_block_against_fp64(isa, case, precision):
     x = torch.randn(N, H, W, dim)
     with torch.no_grad():
         assert whole_block.applies(block, x)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    assert_no_worse(*three_ways(block, x, dtype, autocast=precision == "autocast"))
+    dtype, low = PRECISIONS[precision]
+    bound = error_bounds.of_block(copy.deepcopy(block).to(dtype), x.to(dtype), low=low)["y"]
+    assert_accurate(*three_ways(block, x, dtype, autocast=low is not None), bound)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 5), (30, 33), (64, 226)], ids=str)
 @pytest.mark.parametrize("kind", ["stem", "stem without norm", "down", "norm first"])
 def test_downsampling_against_fp64(isa, kind, size, precision):
-    norm = mk.block.LAYER_NORM
+    norm, (dtype, low) = mk.block.LAYER_NORM, PRECISIONS[precision]
     if kind.startswith("stem"):
-        module = Stem(3, 40, kind == "stem", norm, nn.GELU)
+        module = enlivened(Stem(3, 40, kind == "stem", norm, nn.GELU)).eval()
         x = torch.randn(2, 3, *size)
+        pixels, of = x.permute(0, 2, 3, 1), copy.deepcopy(module).to(dtype)
+        layers = [of.conv1, of.norm1, "gelu", of.conv2, of.norm2]
     else:
-        module = Downsample(40, 72, kind == "norm first", norm)
-        x = torch.randn(2, *size, 40)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    assert_no_worse(*three_ways(enlivened(module).eval(), x, dtype, autocast=precision == "autocast"))
+        module = enlivened(Downsample(40, 72, kind == "norm first", norm)).eval()
+        pixels = x = torch.randn(2, *size, 40)
+        of = copy.deepcopy(module).to(dtype)
+        layers = [of.norm, of.conv] if kind == "norm first" else [of.conv, of.norm]
+    bound = error_bounds.of_downsampling(layers, pixels.to(dtype), low)
+    assert_accurate(*three_ways(module, x, dtype, autocast=low is not None), bound)
 
 
 def test_downsampling_of_any_strides():
@@ -101,7 +115,7 @@ def test_any_strides_and_no_write_to_the_input():
     ):
         before = x.clone()
         fused, eager, exact = three_ways(block, x, torch.float32)
-        assert_no_worse(fused, eager, exact)
+        assert_accurate(fused, eager, exact, error_bounds.of_block(block, x)["y"])
         assert torch.equal(x, before)
 
 

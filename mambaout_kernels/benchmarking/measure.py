@@ -148,7 +148,7 @@ def time_cell(
             if name != "naive":  # which is another network
                 row |= _rate(flops, cell, timings[name].median, peak or {})
         if name == "fused" and checked is not None:
-            row["check"] = checked.passed
+            row |= {"check": checked.passed, "check_excess": checked.excess}
             row |= {f"check_{key}": value for key, value in asdict(checked).items()}
             if not checked.passed:
                 row["speedup"] = row["speedup_min"] = None

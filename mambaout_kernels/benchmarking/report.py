@@ -209,7 +209,9 @@ def check_text(row: Row) -> str:
     if "check" not in row:
         return ""
     if not row["check"]:
-        return f"WRONG: {row['check_name']}, error {row['check_error']:.1e}, allowed {row['check_allowed']:.1e}"
+        return (
+            f"WRONG: {row['check_name']}, error {row['check_error']:.1e}, {row['check_excess']:.2g} times the allowed"
+        )
     return f"ok, apart by {row['check_difference']:.1e}"
 
 

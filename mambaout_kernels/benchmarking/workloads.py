@@ -7,7 +7,7 @@ compile   torch.compile of eager
 and peers, other runtimes (peers.py), for the forward of blocks and models on the CPU
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from .. import backends
 from ..block import FusedGatedCNNBlock
 from ..models import ACTIVATION_LAYERS, VARIANTS, create_model
 from ..ops import gated_dwconv
-from . import accuracy, inputs, peers
+from . import accuracy, error_bounds, inputs, peers
 from .shapes import Shape
 from .timing import Contender
 
@@ -181,10 +181,10 @@ def _peer(name: str, cell: Cell, folder: Path) -> Contender:
     run = peers.build(name, lambda: peers.export(folder, path, module.eval(), x), x, cell.dtype)
     y = run()[:CHECKED_BATCH].clone()  # a runtime may write over its last output
     found = accuracy.compare(
-        "y", y.to(_output(cell, eager).dtype), _output(cell, eager), _output(plain, exact), peers.SLACK
+        "y", y.to(_output(cell, eager).dtype), _output(cell, eager), _output(plain, exact), slack=peers.SLACK
     )
     if not found.passed:
-        raise ValueError(f"its output is wrong: error {found.error:.1e}, allowed {found.allowed:.1e}")
+        raise ValueError(f"its output is wrong: {found}")
     return Contender(name, lambda _: run(), context=partial(running, cell, name))
 
 
@@ -230,22 +230,29 @@ def build(cell: Cell, folder: Path | None = None) -> Workload:
 def verify(cell: Cell) -> list[accuracy.Comparison]:
     """Fused against fp64 beside eager: the output, and unless the mode is "fwd" every gradient; at most two samples.
 
-    A model's gradients are compared as one, each in units of its largest exact value: of a hundred and more tensors,
-    rounding alone takes some beyond twice eager's error.
+    The gradients of a model are compared as one, those of a block in both ways.
     """
     cell = replace(cell, batch=min(cell.batch, CHECKED_BATCH))
     posed = problem(cell)
     exact = _results(replace(cell, autocast=False), problem(cell, dtype=torch.float64), "eager")
     actual, eager = _results(cell, posed, "fused"), _results(cell, posed, "eager")
-    if cell.subject == "model" and len(exact) > 1:
-        scales = {name: gradient.abs().max() for name, gradient in exact.items() if name != "y"}
-        actual, eager, exact = (_pooled(results, scales) for results in (actual, eager, exact))
-    return accuracy.compare_all(actual, eager, exact)
+    found = [] if cell.subject == "op" else accuracy.compare_model(actual, eager, exact)
+    if cell.subject != "model":
+        found += accuracy.compare_all(actual, eager, exact, _bounds(cell, posed, actual["y"]))
+    return found
 
 
-def _pooled(results: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    gradients = torch.cat([(results[name] / scale).flatten() for name, scale in scales.items()])
-    return {"y": results["y"], "gradients": gradients}
+def _bounds(cell: Cell, posed: Problem, y: Tensor) -> dict[str, Tensor]:
+    """Of the results of an op or a block."""
+    dy = _upstream(cell, y)
+    if cell.subject == "op":
+        u, weight, bias = posed.leaves.values()
+        found = error_bounds.of_op(u, weight, bias, dy, cell.shape.act)
+        return dict(zip(("y", *(f"d{leaf}" for leaf in posed.leaves)), found, strict=True))
+    low = DTYPES[cell.dtype] if cell.autocast else None
+    assert posed.x is not None
+    bounds = error_bounds.of_block(posed.module, posed.x, None if cell.mode == "fwd" else dy, low)
+    return {name if name == "y" else f"d{name}": bound for name, bound in bounds.items()}
 
 
 def _results(cell: Cell, posed: Problem, name: str) -> dict[str, Tensor]:
@@ -253,7 +260,10 @@ def _results(cell: Cell, posed: Problem, name: str) -> dict[str, Tensor]:
         y = posed.forward()
         if cell.mode == "fwd":
             return {"y": y}
-        # rounded to the cell's dtype, so that it is the same dy in fp64
-        dy = gradient_of(y).to(DTYPES[cell.dtype]).to(y.dtype)
-        gradients = torch.autograd.grad(y, list(posed.leaves.values()), dy)
+        gradients = torch.autograd.grad(y, list(posed.leaves.values()), _upstream(cell, y))
     return {"y": y, **{f"d{leaf}": t for leaf, t in zip(posed.leaves, gradients, strict=True)}}
+
+
+def _upstream(cell: Cell, y: Tensor) -> Tensor:
+    """dy, rounded to the cell's dtype, so that it is the same in fp64."""
+    return gradient_of(y).to(DTYPES[cell.dtype]).to(y.dtype)
