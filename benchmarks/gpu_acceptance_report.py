@@ -1,25 +1,35 @@
-"""The report of gpu_acceptance.py: measured beside predicted, as Markdown, JSON and plots."""
+"""The report of gpu_acceptance.py, from the records that there are: REPORT.md and plots beside results.jsonl.
+
+    python benchmarks/gpu_acceptance_report.py OUT
+
+May be made at any time, also of a run that was killed, or while one goes on. Exit status 1 where something failed.
+"""
 
 import contextlib
 import functools
+import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_counters import worst_stalls
 
 from mambaout_kernels.audit import cuda, cuda_entries, cuda_predict
 from mambaout_kernels.audit.devices import Device, devices
 from mambaout_kernels.audit.roofline import Shape
 from mambaout_kernels.benchmarking import plot, report
 from mambaout_kernels.benchmarking.measure import Row
-from mambaout_kernels.benchmarking.workloads import DTYPES
+from mambaout_kernels.benchmarking.workloads import CONTENDERS, DTYPES, OWN
 
 # Elements that must be read or written for each channel of the gate and pixel: u, y; and u, dy, du.
 ELEMENTS_MOVED = {"fwd": 3, "bwd": 5}
 COLOURS = {"bytes / bandwidth": "#b8b8b8", "machine code": "#e39b3b", "measured": "#2c6fbb"}
 LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TITLES = {"op": "The op alone", "block": "Whole blocks", "model": "Whole models"}
+CELL = ("subject", "mode", "variant", "label", "batch", "dtype", "autocast", "graph")
 
 
 def shape_of(row: Row) -> Shape:
@@ -28,10 +38,7 @@ def shape_of(row: Row) -> Shape:
 
 def of_the_op(rows: Sequence[Row]) -> list[Row]:
     """Our timings of the op alone."""
-    wanted = ("op", "fused")
-    return [
-        r for r in rows if (r["subject"], r["contender"]) == wanted and r["mode"] in ELEMENTS_MOVED and "min_s" in r
-    ]
+    return [r for r in rows if r["subject"] == "op" and r["contender"] in OWN and "min_s" in r]
 
 
 def seconds_by_bytes(row: Row, bandwidth: float) -> float:
@@ -57,7 +64,7 @@ def _kernels(target: str) -> list[cuda.NativeKernel]:
 
 def seconds_by_machine_code(row: Row, on: Device | None) -> float | None:
     """As `mambaout-kernels audit` predicts the CUDA C++ kernels from a datasheet; None for others."""
-    if on is None or row["run_on"] != "cuda" or not _kernels(on.target):
+    if on is None or row["backend"] != "cuda" or not _kernels(on.target):
         return None
     shape, backward, size = shape_of(row), row["mode"] == "bwd", row["kernel_size"]
     element_bytes = DTYPES[row["dtype"]].itemsize
@@ -75,7 +82,7 @@ def predictions(rows: Sequence[Row], bandwidth: float | None) -> list[Row]:
     on = datasheet()
     found = []
     for row in of_the_op(rows):
-        entry = {key: row[key] for key in ("run_on", "mode", "label", "batch", "dtype")}
+        entry = {key: row[key] for key in ("backend", "mode", "label", "batch", "dtype")}
         entry["bytes / bandwidth"] = None if bandwidth is None else seconds_by_bytes(row, bandwidth) * 1e6
         code = None
         with contextlib.suppress(Exception):  # no cuobjdump, no module: the report has to come all the same
@@ -90,7 +97,7 @@ def prediction_table(entries: Sequence[Row]) -> report.Table:
     headings = ["backend", "op", "shape", "batch", "dtype", *(f"{name}, us" for name in COLOURS), "of the bandwidth"]
     lines = []
     for e in entries:
-        line = [e["run_on"], e["mode"], e["label"], str(e["batch"]), e["dtype"]]
+        line = [e["backend"], e["mode"], e["label"], str(e["batch"]), e["dtype"]]
         line += ["" if e[name] is None else f"{e[name]:.1f}" for name in COLOURS]
         bound = e["bytes / bandwidth"]
         lines.append([*line, "" if bound is None else f"{bound / e['measured']:.0%}"])
@@ -110,9 +117,9 @@ def draw_predictions(path: Path, entries: Sequence[Row], title: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import patches, pyplot, ticker
 
-    kinds = list(dict.fromkeys((e["run_on"], e["mode"], e["dtype"]) for e in entries))
+    kinds = list(dict.fromkeys((e["backend"], e["mode"], e["dtype"]) for e in entries))
     columns = min(2, len(kinds))
-    widest = max(Counter((e["run_on"], e["mode"], e["dtype"]) for e in entries).values())
+    widest = max(Counter((e["backend"], e["mode"], e["dtype"]) for e in entries).values())
     lines = -(-len(kinds) // columns)
     figure, axes = pyplot.subplots(
         lines,
@@ -125,7 +132,7 @@ def draw_predictions(path: Path, entries: Sequence[Row], title: str) -> bool:
         ax.set_axis_off()
     names = [name for name in COLOURS if any(e[name] is not None for e in entries)]
     for ax, kind in zip(axes.flat, kinds, strict=False):
-        members = [e for e in entries if (e["run_on"], e["mode"], e["dtype"]) == kind]
+        members = [e for e in entries if (e["backend"], e["mode"], e["dtype"]) == kind]
         width = 0.8 / len(names)
         for index, name in enumerate(names):
             at = [i + (index - (len(names) - 1) / 2) * width for i, e in enumerate(members) if e[name] is not None]
@@ -165,21 +172,100 @@ def attempted(write: Callable[[], bool]) -> bool:
     return False
 
 
-def write(
-    out: Path, facts: dict[str, Any], dry: bool, notes: Sequence[str], left_out: Sequence[str], rows: list[Row],
-    bandwidth: float | None, seconds: float,
-) -> None:  # fmt: skip
-    """REPORT.md, results.json and plots in `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    machine = facts["gpu"] if facts["gpu"] and not dry else facts["cpu"]
-    entries = predictions(rows, bandwidth)
-    copied = "not measured" if bandwidth is None else f"{bandwidth / 1e9:.0f} GB/s, measured"
+def groups(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """The rows of each cell, by contender."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(key) for key in CELL), {})[row["contender"]] = row
+    return found
+
+
+def name_of(row: Row) -> str:
+    how = f"{report.precision(row)}, batch {row['batch']}{', CUDA graph' if row.get('graph') else ''}"
+    return f"{row['subject']} {row['mode']} {row['variant']} {row['label']}, {how}"
+
+
+def lost(rows: Sequence[Row]) -> list[str]:
+    """Cells in which something that computes the same is faster than the best of ours: by whom, and by how much."""
+    found = []
+    for by_name in groups(rows).values():
+        timed = {name: row for name, row in by_name.items() if "median_s" in row and name != "naive"}
+        ours = [row for name, row in timed.items() if name in OWN]
+        others = [(name, row) for name, row in timed.items() if name not in OWN]
+        if not ours or not others:
+            continue
+        own, (name, best) = min(r["median_s"] for r in ours), min(others, key=lambda other: other[1]["median_s"])
+        if best["median_s"] < own:
+            found.append(f"{name_of(best)}: {CONTENDERS[name]} by {own / best['median_s']:.2f}x")
+    return found
+
+
+def counters_table(records: Sequence[Row]) -> report.Table:
+    headings = ["stage", "kernel", "us", "GB moved", "DRAM", "issue slots", "occupancy", "registers", "warps wait for"]
+
+    def line(r: Row) -> list[str]:
+        def shown(name: str, text: str, scale: float = 1.0) -> str:
+            return text.format(r[name] * scale) if name in r else ""
+
+        numbers = [shown("seconds", "{:.1f}", 1e6), shown("dram_bytes", "{:.3f}", 1e-9)]
+        numbers += [shown(f"{name}_percent", "{:.0f} %") for name in ("dram", "issue", "occupancy")]
+        return [str(r["stage"]), r["kernel"], *numbers, shown("registers", "{:.0f}"), worst_stalls(r["stalls"])]
+
+    return headings, [line(record) for record in records]
+
+
+def depthwise_table(rows: Sequence[Row]) -> report.Table:
+    timed = [row for row in rows if "median_s" in row]
+    lines = [[row["depthwise_kernel"], row["label"], f"{row['median_s'] * 1e6:.1f}"] for row in timed]
+    return ["kernel", "shape", "eager, us"], lines
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records; a line that was cut off by a kill is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def failures(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What went wrong: in a section, in what one of ours computed, and that one of ours did not run."""
+    found = [f"{record['section']}: {record['text']}" for record in records if record["kind"] == "fail"]
+    rows = [r for r in records if r["kind"] == "row" and r.get("mode") != "memory" and r["contender"] in OWN]
+    for row in rows:
+        if row.get("check") is False or "failure" in row:
+            what = row.get("failure") or report.check_text(row)
+            found.append(f"{name_of(row)}: {CONTENDERS[row['contender']]}: {what}")
+    return found
+
+
+def write(out: Path) -> list[str]:
+    """REPORT.md and plots in `out`; what failed."""
+    records = read(out / "results.jsonl")
+
+    def of(kind: str) -> list[dict[str, Any]]:
+        return [record for record in records if record["kind"] == kind]
+
+    facts: dict[str, Any] = {}
+    for record in of("fact"):
+        facts |= {key: value for key, value in record.items() if key not in ("section", "kind")}
+    bandwidth, dry = facts.pop("bandwidth", None), "card" not in facts
+    machine = facts.get("card", "a CPU")
+    facts["bandwidth of a copy"] = "not measured" if bandwidth is None else f"{bandwidth / 1e9:.0f} GB/s, measured"
+    facts["sections, s"] = ", ".join(f"{r['section']} {r['seconds']:.0f}" for r in of("took"))
+    timed = [row for row in of("row") if row.get("mode") != "memory"]
+    rows = [row for row in timed if "depthwise_kernel" not in row]
+    failed = failures(records)
     parts = [
         "# GPU acceptance" + (" (dry run on the CPU: no GPU time is in it)" if dry else ""),
-        "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None)
-        + f"\n- bandwidth of a copy: {copied}\n- took {seconds:.0f} s",
-        "## Findings\n\n" + "\n".join(f"- {note}" for note in notes),
+        "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None),
+        "## Failures\n\n" + _listed(f"**FAILED** {text}" for text in failed),
     ]
+    if rows:
+        losses = "## Cells that are not ours\n\nWhere something that computes the same is faster.\n\n"
+        parts.append(losses + _listed(lost(rows)))
+    entries = predictions(rows, bandwidth)
     if entries:
         parts.append(
             "## Predicted beside measured\n\nThe op alone. Predicted, not measured: from the bytes that must move and "
@@ -188,14 +274,40 @@ def write(
         )
         if attempted(lambda: draw_predictions(out / "predicted.png", entries, machine)):
             parts.append("![predicted and measured](predicted.png)")
-    for name in dict.fromkeys(row["run_on"] for row in rows):
-        own = [row for row in rows if row["run_on"] == name]
-        parts.append(f"## {name}\n\nMilliseconds: minimum / median.\n\n{markdown(report.cells_table(own))}")
-        image = out / f"{name.replace(', ', '_').replace(' ', '_')}.png"
-        if attempted(functools.partial(plot.draw, image, own, f"{name}, {machine}")):
-            parts.append(f"![{name}]({image.name})")
-    if left_out:
-        parts.append("## Left out\n\n" + "\n".join(f"- {what}" for what in left_out))
+    for subject, title in TITLES.items():
+        own = [row for row in rows if row["subject"] == subject]
+        if own:
+            parts += [f"## {title}", *_of_subject(own, out / f"{subject}.png", machine, dry)]
+    for title, table in (
+        ("Hardware counters, bf16, batch 128, by ncu", counters_table(of("counters"))),
+        ("Memory of a training step", report.memory_table(of("row"))),
+        ("PyTorch's depthwise kernels", depthwise_table([row for row in timed if "depthwise_kernel" in row])),
+    ):
+        if table[1]:
+            parts.append(f"## {title}\n\n{markdown(table)}")
+    for title, kind in (("Findings", "note"), ("Left out", "left_out"), ("Clocks", "clocks")):
+        if of(kind):
+            parts.append(f"## {title}\n\n" + _listed(f"{r['section']}: {r['text']}" for r in of(kind)))
     (out / "REPORT.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    content = {"machine": facts, "dry": dry, "bandwidth": bandwidth, "notes": notes, "left_out": left_out}
-    report.write_json(out / "results.json", report.finite({**content, "predictions": entries, "results": rows}))
+    return failed
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts) or "None."
+
+
+def _of_subject(rows: Sequence[Row], image: Path, machine: str, dry: bool) -> list[str]:
+    how = "" if dry else " By CUDA events, TF32 off for all, operands not in the L2 cache."
+    parts = [f"Milliseconds: minimum / median.{how}"]
+    for graph in dict.fromkeys(row.get("graph", False) for row in rows):
+        of_kind = [row for row in rows if row.get("graph", False) == graph]
+        parts += ["As CUDA graphs:"] * graph + [markdown(report.cells_table(of_kind))]
+    if attempted(functools.partial(plot.draw, image, rows, machine)):
+        parts.append(f"![{image.stem}]({image.name})")
+    return parts
+
+
+if __name__ == "__main__":
+    failed = write(Path(sys.argv[1]))
+    print((Path(sys.argv[1]) / "REPORT.md").read_text(encoding="utf-8"))
+    sys.exit(1 if failed else 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from mambaout_kernels.benchmarking import (
     workloads,
 )
 from mambaout_kernels.benchmarking.run import Outcome, WorkerError, run
-from mambaout_kernels.benchmarking.timing import Contender, Timing, interleave
+from mambaout_kernels.benchmarking.timing import Contender, Timing, by_cuda_events, interleave
 from mambaout_kernels.benchmarking.worker import Job
 from mambaout_kernels.benchmarking.workloads import Cell
 from mambaout_kernels.models import VARIANTS, create_model
@@ -72,6 +73,50 @@ def test_settling_is_not_timed():
     contenders = [Contender(name, lambda _: clock.work(1.0)) for name in "AB"]
     timing = interleave(contenders, 0.0, min_rounds=3, clock=clock, settle=lambda: clock.work(50.0))["B"]
     assert timing.seconds == [1.0, 1.0, 1.0]
+
+
+def test_a_stopwatch_of_its_own_times_instead_of_the_clock():
+    clock = Clock()
+    contender = Contender("A", lambda _: clock.work(1.0))
+
+    def stopwatch(run):
+        run()
+        return 0.25
+
+    assert interleave([contender], 4.0, clock=clock, stopwatch=stopwatch)["A"].seconds == [0.25] * 5
+
+
+def test_by_cuda_events(monkeypatch):
+    """What stands between the events is the run alone; the cache is filled with something else before."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, other):
+            assert isinstance(other, Event)
+            return 250.0  # milliseconds
+
+    class Buffer:
+        def zero_(self):
+            order.append("buffer")
+
+    sizes = []
+    properties = SimpleNamespace(L2_cache_size=100 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: sizes.append(size) or Buffer())
+    stopwatch = by_cuda_events()
+    assert sizes == [400 << 20]
+    assert stopwatch(lambda: order.append("run")) == 0.25
+    assert order == ["buffer", "record", "run", "record", "wait"]
 
 
 def test_garbage_collection_is_switched_on_again():
@@ -138,6 +183,33 @@ def test_every_contender_runs(subject, mode):
     for contender in workload.contenders:
         with contender.context():
             assert contender.run(contender.prepare()) is not None
+
+
+def test_timms_model_has_our_weights():
+    pytest.importorskip("timm")
+    names = ("fused", "timm", "timm-channels-last", "cudnn-benchmark", "cuda")
+    workload = workloads.build(Cell("model", "fwd", "fp32", 2, SMALL, names))
+    if not torch.cuda.is_available():
+        assert workload.failures == {"cuda": "not available: torch sees no CUDA device"}
+    outputs = []
+    for contender in workload.contenders[:4]:
+        with contender.context():
+            outputs.append(contender.run(contender.prepare()))
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-4)
+    assert (
+        workloads.build(Cell("block", "fwd", "fp32", 2, SMALL, ("timm",))).failures["timm"].startswith("not available")
+    )
+
+
+def test_our_own_under_a_compiler_is_verified_too(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    cell = Cell("block", "train", "fp32", 1, SMALL, ("fused", "compile-fused", "eager"))
+    right = backends.load("cpu").gated_dwconv
+    monkeypatch.setattr(backends.load("cpu"), "gated_dwconv", lambda *args: right(*args) * 1.001)
+    fused, compiled, _ = measure.time_cell(cell, 1, 0.001, measure.Watch())
+    assert fused["check"] is compiled["check"] is False
+    assert compiled["speedup"] is None
 
 
 def test_the_baselines_run_the_reference(monkeypatch):

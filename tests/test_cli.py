@@ -187,6 +187,12 @@ def test_cuda_is_refused_where_there_is_none(capsys):
     status, _, err = run(capsys, "bench", "op", *SMALL, "--device", "cuda")
     assert status == 2
     assert "PyTorch finds no CUDA device" in err
+    status, _, err = run(capsys, "bench", "op", "--device", "cpu", "--graph")
+    assert status == 2
+    assert "--graph: CUDA graphs are of work on a CUDA device" in err
+    status, _, err = run(capsys, "bench", "op", "--also", "tensorrt")
+    assert status == 2
+    assert "cudnn-benchmark" in err
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):

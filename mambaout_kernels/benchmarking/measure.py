@@ -10,7 +10,7 @@ import torch
 
 from .. import backends
 from . import accuracy, machine, memory, overhead, peers, shapes, stages, workloads
-from .timing import Timing, interleave
+from .timing import Timing, by_cuda_events, by_host, interleave
 from .workloads import Cell
 
 Row = dict[str, Any]
@@ -83,7 +83,9 @@ def _described(cell: Cell, threads: int) -> Row:
 def _backend(cell: Cell, name: str) -> str:
     if name in peers.NAMES:
         return peers.version(name)
-    if name != "fused":
+    if name in workloads.FORCED:
+        return name
+    if name not in workloads.OWN:
         return "PyTorch"
     like = torch.empty(1, dtype=workloads.DTYPES[cell.dtype], device=cell.device)
     chosen = []
@@ -125,18 +127,22 @@ def time_cell(
     peak: dict[str, float] | None = None,
     folder: Path | None = None,
 ) -> list[Row]:
-    """One row per contender. Where fused is wrong, its row has `check` false, times, and no speed-up.
+    """One row per contender. Where one of ours is wrong, its row has `check` false, times, and no speed-up.
 
     `peak`: machine.fma_peak() of the same threads, just before; `folder`: where exported models are kept.
     """
-    checked = accuracy.worst(workloads.verify(cell)) if "fused" in cell.contenders else None
     workload = workloads.build(cell, folder)
+    checked = {
+        name: accuracy.worst(workloads.verify(cell, name))
+        for name in cell.contenders
+        if name in workloads.OWN and name not in workload.failures
+    }
     flops = stages.problem_flops(workloads.problem(cell)) if cell.mode == "fwd" and cell.device == "cpu" else None
     beside = threads > 1 and any(name in peers.NAMES for name in cell.contenders)
     settle: Callable[[], object] = (lambda: time.sleep(peers.SETTLE_S)) if beside else lambda: None
-    synchronize: Callable[[], object] = torch.cuda.synchronize if cell.device == "cuda" else lambda: None
+    stopwatch = by_cuda_events() if cell.device == "cuda" else by_host()
     with watch:
-        timings = interleave(workload.contenders, budget_s, synchronize=synchronize, settle=settle)
+        timings = interleave(workload.contenders, budget_s, stopwatch=stopwatch, settle=settle)
     rows = []
     for name in cell.contenders:
         row = {**_described(cell, threads), "contender": name, "backend": _backend(cell, name)}
@@ -147,10 +153,10 @@ def time_cell(
             row["per_second"] = cell.batch / timings[name].median
             if name != "naive":  # which is another network
                 row |= _rate(flops, cell, timings[name].median, peak or {})
-        if name == "fused" and checked is not None:
-            row |= {"check": checked.passed, "check_excess": checked.excess}
-            row |= {f"check_{key}": value for key, value in asdict(checked).items()}
-            if not checked.passed:
+        if name in checked:
+            row |= {"check": checked[name].passed, "check_excess": checked[name].excess}
+            row |= {f"check_{key}": value for key, value in asdict(checked[name]).items()}
+            if not checked[name].passed:
                 row["speedup"] = row["speedup_min"] = None
         rows.append(row)
     return rows
@@ -182,7 +188,7 @@ def _sum(timings: list[Timing]) -> Timing:
 
 def memory_cell(cell: Cell, threads: int) -> list[Row]:
     """One row per contender: bytes kept and at the peak, of a training step or an inference; ratios to eager's."""
-    names = [name for name in cell.contenders if name not in ("compile", *peers.NAMES)]
+    names = [name for name in cell.contenders if name not in workloads.MAY_FAIL]
     measured = {name: memory.measure(cell, name) for name in names}
     rows = []
     for name, (kept, peak) in measured.items():

@@ -12,11 +12,11 @@ from typing import Any
 from . import machine
 from .measure import Row
 from .run import Outcome
-from .workloads import CONTENDERS, NOT_AVAILABLE, SUBJECTS
+from .workloads import CONTENDERS, NOT_AVAILABLE, OWN, SUBJECTS
 
 SCHEMA = 1
 SPREAD_LIMIT = 1.5
-BEST = "best"  # of all that compute the same: every one but fused and naive
+BEST = "best"  # of all that compute the same: every one but ours and naive
 WIDE = 4  # contenders, beyond which a table has no column of fused's speed-up over each
 Table = tuple[list[str], list[list[str]]]  # headings, rows
 
@@ -45,9 +45,9 @@ def timed_cells(rows: Iterable[Row]) -> list[Row]:
 def best_other(by_name: dict[str, Row]) -> Row | None:
     """Least median and least minimum of the contenders of a cell that compute what fused does; None for fewer than 2.
 
-    Not "naive", which computes more, nor what failed.
+    Not ours, nor "naive", which computes more, nor what failed.
     """
-    others = [row for name, row in by_name.items() if name not in ("fused", "naive") and "median_s" in row]
+    others = [row for name, row in by_name.items() if name not in (*OWN, "naive") and "median_s" in row]
     if len(others) < 2:
         return None
     return {key: min(row[key] for row in others) for key in ("median_s", "min_s")}

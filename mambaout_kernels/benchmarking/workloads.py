@@ -1,9 +1,14 @@
 """What is timed: the op, a block or a model, each as the contenders do it, and whether ours computes the same.
 
-fused     this package, on the best backend for the device
-eager     the same modules as separate PyTorch operations ("eager partial": C of D channels convolved)
-naive     the paper's baseline before partial convolution: all D channels convolved, PyTorch operations
-compile   torch.compile of eager
+fused            this package, on the best backend for the device
+cuda, triton     this package, on this backend
+compile-fused    torch.compile of fused
+eager            the same modules as separate PyTorch operations ("eager partial": C of D channels convolved)
+cudnn-benchmark  eager, where cuDNN chooses its algorithms by trying them
+naive            the paper's baseline before partial convolution: all D channels convolved, PyTorch operations
+compile          torch.compile of eager
+max-autotune     the same, where inductor tries templates of kernels
+timm, timm-channels-last, timm-compile   timm's model with the same weights
 and peers, other runtimes (peers.py), for the forward of blocks and models on the CPU
 """
 
@@ -11,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,11 +25,12 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..block import FusedGatedCNNBlock
+from ..checkpoints import to_timm
 from ..models import ACTIVATION_LAYERS, VARIANTS, create_model
 from ..ops import gated_dwconv
 from . import accuracy, error_bounds, inputs, peers
 from .shapes import Shape
-from .timing import Contender
+from .timing import Contender, captured
 
 SUBJECTS = ("op", "block", "model")
 MODES = {
@@ -32,9 +39,17 @@ MODES = {
     "train": "forward and backward",
 }
 CONTENDERS = {
-    "fused": "fused", "eager": "eager partial", "naive": "naive full-channel", "compile": "torch.compile",
+    "fused": "fused", "cuda": "CUDA C++", "triton": "Triton", "compile-fused": "torch.compile of fused",
+    "eager": "eager partial", "cudnn-benchmark": "eager, cudnn.benchmark", "naive": "naive full-channel",
+    "compile": "torch.compile", "max-autotune": "torch.compile, max-autotune",
+    "timm": "timm", "timm-channels-last": "timm, channels_last", "timm-compile": "torch.compile of timm",
     **peers.NAMES,
 }  # fmt: skip
+FORCED = ("cuda", "triton")
+OWN = ("fused", *FORCED, "compile-fused")
+_COMPILED = {"compile": "default", "compile-fused": "default", "timm-compile": "default",
+             "max-autotune": "max-autotune-no-cudagraphs"}  # fmt: skip
+MAY_FAIL = (*_COMPILED, *FORCED, *peers.NAMES)  # named with the reason then; of the others, that is an error
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NOT_AVAILABLE = "not available"
 CHECKED_BATCH = 2  # fp64 is slow; every sample takes the same path
@@ -53,6 +68,7 @@ class Cell:
     autocast: bool = False  # parameters stay fp32, PyTorch casts
     source: str = "random"
     device: str = "cpu"
+    graph: bool = False  # every contender a CUDA graph that is replayed
 
     @property
     def label(self) -> str:
@@ -80,10 +96,15 @@ class Workload:
 
 @contextmanager
 def running(cell: Cell, name: str) -> Iterator[None]:
-    """The context a contender runs in; all of them but "fused" run the reference."""
+    """The context a contender runs in; all but ours run the reference. On CUDA without TF32, ours and theirs."""
     with ExitStack() as stack:
-        if name != "fused":
+        if name in FORCED:
+            stack.enter_context(backends.force(name))
+        elif name not in OWN:
             stack.enter_context(backends.force("reference"))
+        if cell.device == "cuda":
+            tries = name == "cudnn-benchmark"
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=tries, allow_tf32=False))
         if cell.autocast:
             stack.enter_context(torch.autocast(cell.device, DTYPES[cell.dtype]))
         if cell.mode == "fwd":
@@ -161,9 +182,28 @@ def _contender(name: str, cell: Cell, posed: Problem) -> Contender:
     return Contender(name, lambda y: torch.autograd.grad(y, leaves, dy), posed.forward, context)
 
 
-def _compiled(posed: Problem) -> Problem:
+def _compiled(posed: Problem, mode: str) -> Problem:
     torch.compiler.reset()  # else shapes met before make this one dynamic
-    return replace(posed, forward=torch.compile(posed.forward, fullgraph=True, dynamic=False))
+    return replace(posed, forward=torch.compile(posed.forward, fullgraph=True, dynamic=False, mode=mode))
+
+
+def _timm_problem(cell: Cell, ours: Problem, channels_last: bool) -> Problem:
+    """timm's model with our model's weights, on its images.
+
+    Raises:
+        peers.NotAvailable: the cell is no model's, or timm is not installed.
+    """
+    if cell.subject != "model" or find_spec("timm") is None:
+        raise peers.NotAvailable("of models, where timm is installed")
+    import timm
+
+    assert ours.module is not None
+    assert ours.x is not None
+    model = timm.create_model(cell.shape.variant)
+    model.load_state_dict(to_timm(ours.module.state_dict()))
+    model = model.to(ours.x.device, ours.x.dtype).train(ours.module.training)
+    x = ours.x.contiguous(memory_format=torch.channels_last) if channels_last else ours.x
+    return Problem(partial(model, x), dict(model.named_parameters()), model, x)
 
 
 def _peer(name: str, cell: Cell, folder: Path) -> Contender:
@@ -199,12 +239,18 @@ def _output(cell: Cell, posed: Problem) -> Tensor:
 def _built(name: str, cell: Cell, partial_channel: Problem, folder: Path) -> Contender:
     if name in peers.NAMES:
         return _peer(name, cell, folder)
+    if name in FORCED and (reason := backends.status()[name]) is not None:
+        raise peers.NotAvailable(reason)
     posed = problem(cell, full_channel=True) if name == "naive" else partial_channel
-    contender = _contender(name, cell, _compiled(posed) if name == "compile" else posed)
-    if name == "compile":
+    if name.startswith("timm"):
+        posed = _timm_problem(cell, posed, name == "timm-channels-last")
+    if name in _COMPILED:
+        posed = _compiled(posed, _COMPILED[name])
+    contender = _contender(name, cell, posed)
+    if name in _COMPILED:
         with contender.context():
             contender.run(contender.prepare())
-    return contender
+    return captured(contender) if cell.graph else contender
 
 
 def build(cell: Cell, folder: Path | None = None) -> Workload:
@@ -221,21 +267,23 @@ def build(cell: Cell, folder: Path | None = None) -> Workload:
             except peers.NotAvailable as reason:
                 workload.failures[name] = f"{NOT_AVAILABLE}: {reason}"
             except Exception as error:
-                if name not in ("compile", *peers.NAMES):
+                if name not in MAY_FAIL and not cell.graph:
                     raise
                 workload.failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return workload
 
 
-def verify(cell: Cell) -> list[accuracy.Comparison]:
-    """Fused against fp64 beside eager: the output, and unless the mode is "fwd" every gradient; at most two samples.
+def verify(cell: Cell, name: str = "fused") -> list[accuracy.Comparison]:
+    """One of ours against fp64 beside eager: the output, and unless the mode is "fwd" every gradient; at most two
+    samples.
 
     The gradients of a model are compared as one, those of a block in both ways.
     """
     cell = replace(cell, batch=min(cell.batch, CHECKED_BATCH))
     posed = problem(cell)
     exact = _results(replace(cell, autocast=False), problem(cell, dtype=torch.float64), "eager")
-    actual, eager = _results(cell, posed, "fused"), _results(cell, posed, "eager")
+    own = _compiled(posed, _COMPILED[name]) if name in _COMPILED else posed
+    actual, eager = _results(cell, own, name), _results(cell, posed, "eager")
     found = [] if cell.subject == "op" else accuracy.compare_model(actual, eager, exact)
     if cell.subject != "model":
         found += accuracy.compare_all(actual, eager, exact, _bounds(cell, posed, actual["y"]))

@@ -67,9 +67,8 @@ def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
                          help=f"of {', '.join(variants)}; default: {variants[0]}")  # fmt: skip
     command.add_argument("--dtype", type=comma_list(one_of(list(workloads.DTYPES))), default=["fp32", "bf16"],
                          metavar="NAMES", help=f"of {', '.join(workloads.DTYPES)}; default: fp32,bf16")  # fmt: skip
-    batches = [8] if main else list(shapes.batches())
-    command.add_argument("--batch", type=comma_list(positive), default=batches, metavar="N,..",
-                         help=f"default: {','.join(map(str, batches))}")  # fmt: skip
+    usual = "8, on a GPU 128" if main else ",".join(map(str, shapes.batches()))
+    command.add_argument("--batch", type=comma_list(positive), metavar="N,..", help=f"default: {usual}")
     if not main:
         command.add_argument("--mode", type=comma_list(one_of(list(_MODES))), default=_DEFAULT_MODES[name],
                              metavar="NAMES", help=f"of {', '.join(_MODES)}; default: "
@@ -79,6 +78,11 @@ def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
                              help="of the variant, from 1; default: all")  # fmt: skip
     command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=name == "model",
                          help="torch.compile of eager too; takes minutes")  # fmt: skip
+    more = [name for name in workloads.CONTENDERS if name not in ("fused", "eager", *peers.NAMES)]
+    command.add_argument("--also", type=comma_list(one_of(more)), default=[], metavar="NAMES",
+                         help=f"more contenders, of {', '.join(more)}")  # fmt: skip
+    command.add_argument("--graph", action="store_true",
+                         help="every contender as a CUDA graph that is replayed: without the host's time")  # fmt: skip
     command.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True,
                          help="the naive full-channel baseline too")  # fmt: skip
     command.add_argument("--device", type=one_of(["auto", "cpu", "cuda"]), default="auto",
@@ -153,7 +157,11 @@ def _device(wanted: str) -> str:
 def _jobs(args: argparse.Namespace) -> list[Job]:
     if args.what == "overhead":
         return [Job(threads, args.budget, overhead=True) for threads in args.threads]
-    device = _device(args.device)
+    device = args.device = _device(args.device)
+    if args.graph and device == "cpu":
+        raise UsageError("--graph: CUDA graphs are of work on a CUDA device")
+    if args.batch is None:
+        args.batch = list(shapes.batches()) if args.what != "main" else [128 if device == "cuda" else 8]
     threads = args.threads if device == "cpu" else [max(args.threads)]
     if args.what == "main":
         op, model = _cells(args, "op", ["fwd", "bwd"], device), _cells(args, "model", ["fwd"], device)
@@ -172,6 +180,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 
 def _cells(args: argparse.Namespace, subject: str, modes: Sequence[str], device: str) -> list[Cell]:
     contenders = ["fused", "eager"] + ["naive"] * args.naive + ["compile"] * args.compile
+    contenders += [name for name in args.also if name not in contenders]
     others = peers.installed() if getattr(args, "peers", False) and device == "cpu" else []
     found = []
     for mode, dtype, variant, batch in itertools.product(modes, args.dtype, args.variant, args.batch):
@@ -182,7 +191,7 @@ def _cells(args: argparse.Namespace, subject: str, modes: Sequence[str], device:
         for shape in stages[:1] if subject == "model" else stages:
             autocast = subject != "op" and getattr(args, "autocast", False) and dtype in ("bf16", "fp16")
             names = (*contenders, *others) if mode == "fwd" else tuple(contenders)
-            found.append(Cell(subject, mode, dtype, batch, shape, names, autocast, args.input, device))
+            found.append(Cell(subject, mode, dtype, batch, shape, names, autocast, args.input, device, args.graph))
     return found
 
 
@@ -199,6 +208,8 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
         "minimum / median; vs: times that fused is faster, by medians; "
         "check: against fp64, and how far from eager, as a share of the largest value"
     )
+    if getattr(args, "device", "cpu") == "cuda":
+        title += "\nby CUDA events, TF32 off, operands not in the L2 cache"
     if peak := report_parts.peak_text(outcome.fma_peak):
         title += f"\n{peak}"
     show_table(title, *report.cells_table(outcome.rows))

@@ -177,13 +177,16 @@ def _eager(given: tuple[Tensor, ...], act: str, dtype: torch.dtype | None = None
     return dict(zip(OUTPUTS, (y.detach(), *gradients), strict=True))
 
 
-def _convolution_of_eager(weight: Tensor) -> Any:
-    """PyTorch's convolution that eager's error is measured with.
+@contextmanager
+def _convolution_of_eager(weight: Tensor) -> Iterator[None]:
+    """PyTorch's convolution that eager's error is measured with; without TF32.
 
     Beyond 9 x 9 not oneDNN's, which takes minutes to generate code for its gradients. The two add up in different
     orders, and their errors differ by more than twice: the reference is compared on the same one.
     """
-    return torch.backends.mkldnn.flags(enabled=weight.shape[-1] <= 9)
+    onednn, cudnn = torch.backends.mkldnn, torch.backends.cudnn
+    with onednn.flags(enabled=weight.shape[-1] <= 9), cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def check(subjects: Sequence[Subject], case: Case) -> list[Finding]:
