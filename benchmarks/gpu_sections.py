@@ -147,8 +147,12 @@ def check(settings: Settings, backend: str, dtype: str) -> Found:
     """`mambaout-kernels check`: forward and every gradient against fp64."""
     command = [sys.executable, "-m", "mambaout_kernels", "check", "--json", "--dtype", dtype]
     command += ["--backend", "cpu" if settings.dry else backend, "--variant", settings.variant]
-    done = subprocess.run([*command, *([] if settings.dry else ["--full"])], stdout=subprocess.PIPE, text=True)
-    content = json.loads(done.stdout)
+    done = subprocess.run([*command, *([] if settings.dry else ["--full"])], capture_output=True, text=True)
+    try:
+        content = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        yield "fail", {"text": f"check of {backend}, {dtype}: {done.stderr.strip()[-1000:]}"}
+        return
     findings = content["findings"] + content.get("special_values", [])
     wrong = [f for f in findings if not f.get("passed", not str(f.get("outcome")).startswith("FAILED"))]
     if wrong or done.returncode:
