@@ -28,7 +28,7 @@ void check_parameter(const Tensor& tensor, DType activations, const char* name, 
 
 GatedDwconvShape checked_shape(const Tensor& u, const Tensor& weight, const Tensor& bias, std::int64_t act) {
   const std::int32_t device = u.get_device_index();
-  check_cuda(u, "u", device);
+  STD_TORCH_CHECK(u.is_cuda(), "u must be on a CUDA device");
   STD_TORCH_CHECK(u.dim() == 4 && u.size(3) % 2 == 0, "u must be (N, H, W, 2 * hidden)");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
                       weight.size(2) % 2 == 1 && weight.size(2) <= 31,
@@ -70,11 +70,12 @@ std::int64_t pixel_spacing(const Tensor& tensor) {
 bool readable(const Tensor& tensor, bool even) {
   if (tensor.size(3) > 1 && tensor.stride(3) != 1) return false;
   const std::int64_t spacing = pixel_spacing(tensor);
-  return spacing >= 0 && spacing <= cuda::kMostSpacing && (!even || spacing % 2 == 0) &&
+  const bool odd = tensor.element_size() == 2 && spacing % 2 != 0;
+  return spacing >= 0 && spacing <= cuda::kMostSpacing && !(even && odd) &&
          reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) % 4 == 0;
 }
 
-// As the kernels can read it (gated_dwconv_cuda.h): itself, or a copy. even: the spacing must be.
+// As the kernels can read it (gated_dwconv_cuda.h): itself, or a copy. even: the spacing of two-byte types must be.
 Tensor readable_form(const Tensor& tensor, bool even) {
   if (readable(tensor, even)) return tensor;
   return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);

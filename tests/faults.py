@@ -166,3 +166,58 @@ FAULTS = [
                  "c.body(0, task);",
                  "tests/test_cpu_launch.py -m 'sanitize or not sanitize' -k 'downsampling and races'"),
 ]  # fmt: skip
+
+# The op on CUDA: pointers, devices, streams, copies, memory, checks.
+_GUARD = "  const torch::stable::accelerator::DeviceGuard guard(device);\n"
+_FORWARD = "  u = readable_form(u, true);\n"
+_BACKWARD = "  dy = readable_form(dy, false);\n  u = readable_form(u, true);\n"
+_OF_THE_CUDA_BINDING = [
+    ("weight.const_data_ptr(), bias.const_data_ptr(), y.", "bias.const_data_ptr(), weight.const_data_ptr(), y."),
+    ("weight.const_data_ptr(), bias.const_data_ptr(),\n                  du.",
+     "bias.const_data_ptr(), weight.const_data_ptr(),\n                  du."),
+    ("dweight.mutable_data_ptr(), dbias.mutable_data_ptr()", "dbias.mutable_data_ptr(), dweight.mutable_data_ptr()"),
+    ("{shape, evenly_spaced(dy), evenly_spaced(u),", "{shape, evenly_spaced(u), evenly_spaced(dy),"),
+    (_GUARD + _FORWARD, _FORWARD),
+    (_GUARD + _BACKWARD, _BACKWARD),
+    ("DeviceGuard guard(device);", "DeviceGuard guard(0);"),
+    ("select(device), current_stream(device)", "select(0), current_stream(device)"),
+    ("select(device), current_stream(device)", "select(device), current_stream(0)"),
+    ("select(device), current_stream(device)", "select(device), nullptr"),
+    ("  select(device);\n", ""),
+    ("workspace.mutable_data_ptr(), current_stream(device)", "workspace.mutable_data_ptr(), current_stream(0)"),
+    ("{cuda::backward_workspace_bytes(shape) / 4}", "{cuda::backward_workspace_bytes(shape) / 8}"),
+    (_FORWARD, ""),
+    (_BACKWARD, "  dy = readable_form(dy, false);\n"),
+    (_BACKWARD, _FORWARD),
+    (_BACKWARD, "  dy = readable_form(dy, true);\n  u = readable_form(u, true);\n"),
+    ("readable_form(u, true)", "readable_form(u, false)"),
+    ("  weight = dense(weight);\n", ""),
+    ("  bias = dense(bias);\n", ""),
+    ("    torch::stable::zero_(dweight);\n", ""),
+    ("    torch::stable::zero_(dbias);\n", ""),
+    ("new_empty(weight, {shape.C, 1, shape.K, shape.K})", "new_empty(u, {shape.C, 1, shape.K, shape.K})"),
+    ("new_empty(bias, {shape.C})", "new_empty(weight, {shape.C})"),
+    ("tensor.const_data_ptr()) % 4 == 0", "tensor.const_data_ptr()) % 2 == 0"),
+    ("tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor)",
+     "torch::stable::contiguous(tensor)"),
+    ("if (tensor.stride(dim) != pixels * spacing) return -1;", ""),
+    ("if (tensor.size(3) > 1 && tensor.stride(3) != 1) return false;", ""),
+    ("spacing <= cuda::kMostSpacing && ", ""),
+    ("tensor.element_size() == 2 && spacing % 2 != 0", "spacing % 2 != 0"),
+    ("tensor.is_cuda() && tensor.get_device_index() == device, name", "tensor.is_cuda(), name"),
+    ('  check_cuda(dy, "dy", device);\n', ""),
+    ("&& dy.size(2) == shape.W ", ""),
+    ('  STD_TORCH_CHECK(dtype_of(dy, "dy") == shape.dtype, "dy must have the dtype of u");\n', ""),
+    ("shape.bias_dtype = dtype_of(bias,", "shape.bias_dtype = dtype_of(weight,"),
+    ("weight.size(2) <= 31", "weight.size(2) <= 33"),
+    ("act >= 0 && act <= 3", "act >= 0 && act <= 4"),
+    ("cudaDeviceGetAttribute(&result.major, cudaDevAttrComputeCapabilityMajor",
+     "cudaDeviceGetAttribute(&result.major, cudaDevAttrMultiProcessorCount"),
+    ("cudaSetDevice(device) == cudaSuccess &&", "(cudaSetDevice(device), true) &&"),
+    ('STD_TORCH_CHECK(function != nullptr, "gated_dwconv: this torch has no CUDA");', ""),
+    ("RTLD_LAZY | RTLD_NOLOAD", "RTLD_LAZY"),
+]  # fmt: skip
+FAULTS += [
+    FaultySource("csrc/bindings_cuda.cpp", right, wrong, "tests/test_cuda_binding.py")
+    for right, wrong in _OF_THE_CUDA_BINDING
+]

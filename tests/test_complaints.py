@@ -62,7 +62,7 @@ COVERED = {
         "test_ops::test_retained_graph_gives_the_same_again_and_inputs_stay",
         "test_cpu_kernels::test_inputs_are_not_written",
     ],
-    "12 wrong GPU of several": [],
+    "12 wrong GPU of several": ["test_cuda_binding::test_every_call_is_for_the_device_and_stream_of_u"],
     "13 no double backward": ["test_ops::test_gradcheck_twice"],
     "14 export impossible": ["test_ops::test_forced_reference_is_plain_pytorch"],
     "15 cold start": ["test_audit::test_warmup_leaves_the_model_as_it_was", "test_layering::test_import_is_light"],

@@ -26,7 +26,7 @@ TYPED_UNITS = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16", torch.flo
 # What each way of building tells the compiler of csrc/cuda and of the shim. "races": the compiler calls watch.cpp at
 # every access, and ThreadSanitizer's own library is not linked.
 CHECKS = {
-    "plain": (("-O1",), ("-O1",)),
+    "plain": (("-O1", "-fPIC"),) * 2,  # tests/cuda_binding links these objects into a library
     "memory": (("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),) * 2,
     "races": (("-O1", "-fsanitize=thread"), ("-O2",)),
 }
@@ -73,20 +73,48 @@ def missing() -> str | None:
     return None
 
 
-def _compile(objects: Path, source: Path, flags: tuple[str, ...]) -> Path:
-    """The object file of a source, kept from run to run under the hash of all it is made of."""
+def built() -> Path:
+    """The folder of what was built, kept from run to run."""
+    folder = Path(tempfile.gettempdir()) / f"mambaout-cuda-host-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def compiled(source: Path, flags: tuple[str, ...], *headers_in: Path) -> Path:
+    """The object file of a source, kept under the hash of all it is made of. headers_in: folders beside its own."""
     command = ["g++", "-x", "c++", "-c", "-std=c++20", "-g1", "-fno-omit-frame-pointer", "-ffp-contract=off", *flags]
-    headers = sorted([*source.parent.glob("*.h"), *source.parent.glob("*.cuh"), *HERE.glob("*.h")])
+    folders = (source.parent, HERE, *headers_in)
+    headers = sorted(file for folder in folders for file in (*folder.glob("*.h"), *folder.glob("*.cuh")))
     digest = hashlib.sha256(" ".join(map(str, command)).encode())
     for file in (source, *headers, *KERNELS.glob("*.h")):
         digest.update(file.read_bytes())
-    target = objects / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    target = built() / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, str(source), "-o", str(unfinished)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         unfinished.replace(target)
     return target
+
+
+def objects(
+    check: str = "plain",
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
+    units: tuple[str, ...] = ("forward.cu", "backward.cu"),
+    kernels: Path = KERNELS / "cuda",
+    callers: tuple[str, ...] = (),
+) -> list[str]:
+    """Object files of the shim and of the kernels of these dtypes and units; callers: sources beside the shim."""
+    headers = cuda_headers()
+    includes = (f"-isystem{headers}", f"-isystem{headers}/cccl", f"-I{HERE}", f"-I{KERNELS / 'cuda'}")
+    for_kernels, for_shim = ((*flags, "-DMAMBAOUT_HOST_SHIM", *includes) for flags in CHECKS[check])
+    jobs = [(HERE / f"{name}.cpp", for_shim) for name in ("fibres", "watch", *callers)]
+    jobs += [(kernels / "dispatch.cpp", for_kernels)]
+    for dtype in dtypes:
+        for unit in units:
+            jobs.append((kernels / unit, (*for_kernels, f"-DMAMBAOUT_DTYPE={TYPED_UNITS[dtype]}")))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(lambda job: str(compiled(*job)), jobs))
 
 
 @cache
@@ -97,24 +125,13 @@ def build(
     kernels: Path = KERNELS / "cuda",
 ) -> Path:
     """The program, with the kernels of these dtypes and units only. kernels: the folder of their sources."""
-    folder = Path(tempfile.gettempdir()) / f"mambaout-cuda-host-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    headers = cuda_headers()
-    includes = (f"-isystem{headers}", f"-isystem{headers}/cccl", f"-I{HERE}", f"-I{KERNELS / 'cuda'}")
-    for_kernels, for_shim = ((*flags, "-DMAMBAOUT_HOST_SHIM", *includes) for flags in CHECKS[check])
-    jobs = [(folder, HERE / f"{name}.cpp", for_shim) for name in ("fibres", "watch", "program")]
-    jobs += [(folder, kernels / "dispatch.cpp", for_kernels)]
-    for dtype in dtypes:
-        for unit in units:
-            jobs.append((folder, kernels / unit, (*for_kernels, f"-DMAMBAOUT_DTYPE={TYPED_UNITS[dtype]}")))
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: str(_compile(*job)), jobs))
-    program = folder / f"program-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:24]}"
+    linked = objects(check, dtypes, units, kernels, callers=("program",))
+    program = built() / f"program-{hashlib.sha256(' '.join(linked).encode()).hexdigest()[:24]}"
     if not program.exists():
         sanitizers = CHECKS["memory"][0] if check == "memory" else ()
         unfinished = program.with_suffix(f".{os.getpid()}")
         # dispatch.cpp names the units of every dtype and direction; those that are left out are never called.
-        link = ["g++", "-no-pie", *sanitizers, *objects, "-Wl,--unresolved-symbols=ignore-all", "-o", str(unfinished)]
+        link = ["g++", "-no-pie", *sanitizers, *linked, "-Wl,--unresolved-symbols=ignore-all", "-o", str(unfinished)]
         subprocess.run(link, check=True)
         unfinished.replace(program)
     _checks[program] = check
