@@ -106,19 +106,6 @@ def test_amd_does_not_spill(kernel, dtype, aligned):
 
 
 @compiles
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_sizes_of_one_compile(kernel, monkeypatch):
-    """Triton makes constants of arguments that are 1."""
-    ones = ("H", "W", "D", "C", "columns", "items", "stride_h", "stride_w", "dy_stride_w", "blocks_d", "blocks_w")
-    tile = tiles.choose("sm_90", kernel, 32, 1, 3, False)
-    configuration = triton.Configuration(kernel, "sm_90", "float32", tile, 3, aligned=False)
-    function, constants = triton._kernel(configuration)
-    constants |= {name: 1 for name in ones if name in function.arg_names}
-    monkeypatch.setattr(triton, "_kernel", lambda _: (function, constants))
-    assert triton.compile_ahead(configuration).cubin
-
-
-@compiles
 def test_the_audit_sees_spills():
     tile = tiles.Tile(8, 64, 2, block_h=14)
     found = table.row(triton.compile_ahead(triton.Configuration("forward", "sm_90", "bfloat16", tile)))

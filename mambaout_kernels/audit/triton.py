@@ -17,7 +17,7 @@ _TYPED = frozenset(("u_ptr", "y_ptr", "dy_ptr", "du_ptr", "e_ptr"))
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel with one tile for one target. aligned: every size and stride is a multiple of 16."""
+    """One kernel with one tile for one target. aligned: every size and stride is a multiple of 16 bytes."""
 
     kernel: str
     target: str
@@ -51,9 +51,11 @@ def _kernel(configuration: Configuration) -> tuple[Any, dict[str, Any]]:
     from ..backends.triton_kernels import backward, forward, weight_gradient
 
     tile, K = configuration.tile, configuration.K
-    constants = {"K": K, "VEC": 16 if configuration.aligned else 1, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d}
+    vector = tiles.VECTOR_BYTES * 8 // DTYPES[configuration.dtype][1] if configuration.aligned else 1
+    constants = {"K": K, "VEC": vector, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d}
     if configuration.kernel == "weight_gradient":
-        return weight_gradient.weight_gradient_partials, constants | {"GROUP": tiles.group(K)}
+        constants |= {"GROUP": tiles.group(K), "VEC": min(vector, tile.per_thread())}
+        return weight_gradient.weight_gradient_partials, constants
     constants["BLOCK_H"] = tile.block_h
     if configuration.kernel == "input_gradient":
         return backward.input_gradient, constants
@@ -61,18 +63,20 @@ def _kernel(configuration: Configuration) -> tuple[Any, dict[str, Any]]:
     return function, constants | {"ACT": configuration.act, "STAGES": tile.stages}
 
 
-def _signature(function: Any, constants: dict[str, Any], element: str, aligned: bool) -> tuple[dict, dict]:
-    """Types by argument, and which of them are multiples of 16, as the launcher finds them."""
-    types, multiples = {}, {}
+def _signature(function: Any, constants: dict[str, Any], element: str, amd: bool) -> tuple[dict, dict]:
+    """Types by argument, and what the launcher says of their values: of pointers alone, see kernel.py.
+
+    They are multiples of 16, and on AMD to tensors below 2 GB.
+    """
+    types, known = {}, {}
     for position, name in enumerate(function.arg_names):
         pointer = name.endswith("_ptr")
         types[name] = (
             "constexpr" if name in constants else f"*{element if name in _TYPED else 'fp32'}" if pointer else "i32"
         )
-        size = name not in constants and (name in ("D", "C") or "stride" in name)
-        if pointer or name == "padded_C" or (aligned and size):
-            multiples[(position,)] = [["tt.divisibility", 16]]
-    return types, multiples
+        if pointer:
+            known[(position,)] = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if amd else [])]
+    return types, known
 
 
 def compile_ahead(configuration: Configuration) -> CompiledKernel:
@@ -83,11 +87,11 @@ def compile_ahead(configuration: Configuration) -> CompiledKernel:
     function, constants = _kernel(configuration)
     if not hasattr(function, "arg_names") or type(function).__name__ == "InterpretedFunction":
         raise RuntimeError("TRITON_INTERPRET is set: kernels run in the interpreter and cannot be compiled")
-    types, multiples = _signature(function, constants, DTYPES[configuration.dtype][0], configuration.aligned)
     amd = configuration.target.startswith("gfx")
+    types, known = _signature(function, constants, DTYPES[configuration.dtype][0], amd)
     target = GPUTarget("hip", configuration.target, 64) if amd else GPUTarget("cuda", int(configuration.target[3:]), 32)
     compiled = compile(
-        ASTSource(function, types, constexprs=constants, attrs=multiples),
+        ASTSource(function, types, constexprs=constants, attrs=known),
         target=target,
         options=configuration.tile.options(),
     )
@@ -111,7 +115,7 @@ def compile_ahead(configuration: Configuration) -> CompiledKernel:
 
 
 def amd_usage(assembly: str) -> dict[str, int]:
-    """Vector registers, spilled ones, and 16-byte accesses, read from AMD's assembly."""
+    """Vector registers; spilled ones and bytes of memory for them; 16-byte accesses. Read from AMD's assembly."""
 
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", assembly)
@@ -119,7 +123,8 @@ def amd_usage(assembly: str) -> dict[str, int]:
 
     return {
         "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # Not sgpr_spill_count: scalars are kept in lanes of a vector register, and where they are not, in this memory.
+        "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
         "loads_128": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
         "stores_128": len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)),
     }

@@ -1,5 +1,6 @@
 """Triton kernels of the fused op. Imports triton: only launched calls and the audit come here.
 
+kernel.py            their decorator: one variant for all sizes
 gates.py             the activations and their slopes
 conv.py              what a program owns, and the depthwise convolution of a tile
 forward.py           y

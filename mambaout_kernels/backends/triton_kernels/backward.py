@@ -10,8 +10,9 @@ in; dg, di, e out) + 3 * C (e, c in; dc out) + C (e again).
 import triton
 import triton.language as tl
 
-from .conv import columns_of, conv_rows, load_rows, tile_of
+from .conv import PACK_BLOCK, columns_of, conv_rows, load_rows, tile_of
 from .gates import gate_and_slope
+from .kernel import kernel
 
 
 @triton.jit
@@ -71,9 +72,9 @@ def _identity_branch(
             _store_gradients(du_ptr + t * (W * 2 * D), du_ptr + (D + t * (W * 2 * D)), dy[t], g[t], i[t], mask, ACT)
 
 
-@triton.jit
+@kernel
 def gate_backward(
-    dy_ptr, u_ptr, taps_ptr, du_ptr, e_ptr, H, W, D, C, padded_C,
+    dy_ptr, u_ptr, taps_ptr, du_ptr, e_ptr, H, W, D, C, pack_blocks,
     dy_stride_n, dy_stride_h, dy_stride_w, stride_n, stride_h, stride_w, columns, blocks_d, blocks_w,
     K: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -99,7 +100,8 @@ def gate_backward(
     if block_d < conv_blocks:
         _conv_branch(
             dy_ptr, u_ptr, taps_ptr, du_ptr, e_ptr + ((pixel * C)[:, None] + d[None, :]), block_d * BLOCK_D,
-            first_h, w, there, H, W, D, C, padded_C, dy_stride_h, stride_h, stride_w, K, ACT, BLOCK_H, BLOCK_W, BLOCK_D,
+            first_h, w, there, H, W, D, C, pack_blocks * PACK_BLOCK, dy_stride_h, stride_h, stride_w,
+            K, ACT, BLOCK_H, BLOCK_W, BLOCK_D,
         )  # fmt: skip
     else:
         _identity_branch(
@@ -108,9 +110,9 @@ def gate_backward(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def input_gradient(
-    e_ptr, taps_ptr, du_ptr, H, W, D, C, padded_C, columns, blocks_d, blocks_w,
+    e_ptr, taps_ptr, du_ptr, H, W, D, C, pack_blocks, columns, blocks_d, blocks_w,
     K: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dc = e convolved with the filter turned by 180 degrees, into the last C channels of du. e, du contiguous."""
@@ -121,8 +123,8 @@ def input_gradient(
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = there[:, None] & (d < C)[None, :]
     dc = conv_rows(
-        e_ptr + ((pixel * C)[:, None] + d[None, :]), taps_ptr, first_h, w, d, H, W, padded_C, W * C, C, inside,
-        K, True, BLOCK_H, BLOCK_W, BLOCK_D,
+        e_ptr + ((pixel * C)[:, None] + d[None, :]), taps_ptr, first_h, w, d, H, W, pack_blocks * PACK_BLOCK,
+        W * C, C, inside, K, True, BLOCK_H, BLOCK_W, BLOCK_D,
     )  # fmt: skip
     dc_ptr = du_ptr + (2 * D - C) + ((pixel * (2 * D))[:, None] + d[None, :])
     for t in tl.static_range(BLOCK_H):

@@ -13,20 +13,22 @@ output, not K * K. All but the first of the K shifted reads hit L1.
 import triton
 import triton.language as tl
 
+PACK_BLOCK = tl.constexpr(128)  # channels; rows of the packed filter are whole blocks
 
-@triton.jit
-def pack_filter(weight_ptr, bias_ptr, taps_ptr, C, padded_C, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """taps (TAPS + 1, padded_C) fp32: weight (C, TAPS) turned, so that neighbouring channels lie together; last: bias.
 
-    Zeros beyond C, to a multiple of BLOCK: rows are aligned, and are read without masks.
+@triton.jit(do_not_specialize=["weight_ptr", "bias_ptr", "C", "taps", "pack_blocks"])
+def pack_filter(weight_ptr, bias_ptr, taps_ptr, C, taps, pack_blocks):
+    """(taps + 1, pack_blocks * PACK_BLOCK) fp32: weight (C, taps) turned, so that neighbouring channels lie together.
+
+    The last row is the bias. Zeros beyond C: rows are aligned, and are read without masks.
     """
     tap = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if tap < TAPS:
-        value = tl.load(weight_ptr + c * TAPS + tap, mask=c < C, other=0.0).to(tl.float32)
+    c = tl.program_id(1) * PACK_BLOCK + tl.arange(0, PACK_BLOCK)
+    if tap < taps:
+        value = tl.load(weight_ptr + c * taps + tap, mask=c < C, other=0.0).to(tl.float32)
     else:
         value = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(taps_ptr + tap * padded_C + c, value)
+    tl.store(taps_ptr + tap * (pack_blocks * PACK_BLOCK) + c, value)
 
 
 @triton.jit

@@ -5,8 +5,9 @@
 import triton
 import triton.language as tl
 
-from .conv import columns_of, conv_rows, load_rows, tile_of
+from .conv import PACK_BLOCK, columns_of, conv_rows, load_rows, tile_of
 from .gates import gate
+from .kernel import kernel
 
 
 @triton.jit
@@ -57,9 +58,9 @@ def _identity_branch(
             _store_gated(y_ptr + t * (W * D), g[t], i[t], inside & (t < rows_left), ACT)
 
 
-@triton.jit
+@kernel
 def gated_dwconv_fwd(
-    u_ptr, taps_ptr, y_ptr, H, W, D, C, padded_C, stride_n, stride_h, stride_w, columns, blocks_d, blocks_w,
+    u_ptr, taps_ptr, y_ptr, H, W, D, C, pack_blocks, stride_n, stride_h, stride_w, columns, blocks_d, blocks_w,
     K: tl.constexpr, ACT: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +80,8 @@ def gated_dwconv_fwd(
     conv_blocks = tl.cdiv(C, BLOCK_D)
     if block_d < conv_blocks:
         _conv_branch(
-            u_ptr, taps_ptr, y_ptr, block_d * BLOCK_D, first_h, w, there, H, W, D, C, padded_C, stride_h, stride_w,
-            K, ACT, BLOCK_H, BLOCK_W, BLOCK_D,
+            u_ptr, taps_ptr, y_ptr, block_d * BLOCK_D, first_h, w, there, H, W, D, C, pack_blocks * PACK_BLOCK,
+            stride_h, stride_w, K, ACT, BLOCK_H, BLOCK_W, BLOCK_D,
         )  # fmt: skip
     else:
         _identity_branch(

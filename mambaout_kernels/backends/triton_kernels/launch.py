@@ -11,11 +11,10 @@ from torch import Tensor
 from ... import reference
 from . import tiles
 from .backward import gate_backward, input_gradient
-from .conv import pack_filter
+from .conv import PACK_BLOCK, pack_filter
 from .forward import gated_dwconv_fwd
 from .weight_gradient import weight_gradient_partials, weight_gradient_sum
 
-_PACK_BLOCK = 128
 _SUM_BLOCK = 32
 _LARGEST_OFFSET = 2**31 - 1
 
@@ -43,14 +42,14 @@ def _nhwc(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (n, h, w)
 
 
-def _vector(*counts: int) -> int:
-    """The largest power of two up to 16 that divides all of them."""
-    return math.gcd(16, *counts)
+def _vector(u: Tensor, *counts: int) -> int:
+    """The largest power of two that divides all of them, up to as many elements as an access takes."""
+    return math.gcd(tiles.VECTOR_BYTES // u.element_size(), *counts)
 
 
 def _aligned(vector: int, u: Tensor) -> bool:
     """Whether accesses of 16 bytes are, when so many elements divide all offsets."""
-    return vector * u.element_size() >= tiles.VECTOR_BYTES
+    return vector * u.element_size() == tiles.VECTOR_BYTES
 
 
 def _too_wide(K: int, rows: int, W: int, D: int, *strides: tuple[int, int, int]) -> bool:
@@ -59,15 +58,13 @@ def _too_wide(K: int, rows: int, W: int, D: int, *strides: tuple[int, int, int])
 
 
 def _pack(weight: Tensor, bias: Tensor) -> tuple[Tensor, int]:
-    """The filter as conv.py reads it, and how long its rows are."""
+    """The filter as conv.py reads it, and how many blocks of channels its rows are long."""
     C, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
-    blocks = triton.cdiv(C, _PACK_BLOCK)
-    packed = torch.empty((taps + 1, blocks * _PACK_BLOCK), dtype=torch.float32, device=weight.device)
+    blocks = triton.cdiv(C, PACK_BLOCK.value)
+    packed = torch.empty((taps + 1, blocks * PACK_BLOCK.value), dtype=torch.float32, device=weight.device)
     if C:
-        pack_filter[(taps + 1, blocks)](
-            weight.contiguous(), bias.contiguous(), packed, C, packed.shape[1], TAPS=taps, BLOCK=_PACK_BLOCK
-        )
-    return packed, packed.shape[1]
+        pack_filter[(taps + 1, blocks)](weight.contiguous(), bias.contiguous(), packed, C, taps, blocks)
+    return packed, blocks
 
 
 def _blocks(tile: tiles.Tile, shape: tuple[int, int, int], *channels: int) -> tuple[int, int, int, int]:
@@ -88,16 +85,16 @@ def forward(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     if y.numel() == 0:
         return y
     u, strides = _nhwc(u)
-    vector = _vector(D, C, *strides)
+    vector = _vector(u, D, C, *strides)
     aligned = _aligned(vector, u)
     tile = tiles.choose(architecture(u.device), "forward", u.element_size() * 8, W, K, aligned)
     if _too_wide(K, tile.block_h, W, D, strides):
         return reference.gated_dwconv(u, weight, bias, act).contiguous()
     programs, *blocks = _blocks(tile, (N, H, W), C, D - C)
     with _guard(u):
-        taps, padded_C = _pack(weight, bias)
+        taps, pack_blocks = _pack(weight, bias)
         gated_dwconv_fwd[(programs,)](
-            u, taps, y, H, W, D, C, padded_C, *strides, *blocks,
+            u, taps, y, H, W, D, C, pack_blocks, *strides, *blocks,
             ACT=act, VEC=vector, STAGES=tile.stages, **_constants(tile, K),
         )  # fmt: skip
     return y
@@ -109,7 +106,7 @@ def backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> t
     if u.numel() == 0:
         return u.new_empty(u.shape), weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
     (dy, dy_strides), (u, strides) = _nhwc(dy), _nhwc(u)
-    vector = _vector(D, C, *dy_strides, *strides)
+    vector = _vector(u, D, C, *dy_strides, *strides)
     choose = functools.partial(
         tiles.choose, architecture(u.device), bits=u.element_size() * 8, width=W, K=K, aligned=_aligned(vector, u)
     )
@@ -119,10 +116,10 @@ def backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> t
     du = torch.empty((N, H, W, 2 * D), dtype=u.dtype, device=u.device)
     e = torch.empty((N, H, W, C), dtype=u.dtype, device=u.device)
     with _guard(u):
-        taps, padded_C = _pack(weight, bias)
+        taps, pack_blocks = _pack(weight, bias)
         programs, *blocks = _blocks(tile, (N, H, W), C, D - C)
         gate_backward[(programs,)](
-            dy, u, taps, du, e, H, W, D, C, padded_C, *dy_strides, *strides, *blocks,
+            dy, u, taps, du, e, H, W, D, C, pack_blocks, *dy_strides, *strides, *blocks,
             ACT=act, VEC=vector, STAGES=tile.stages, **_constants(tile, K),
         )  # fmt: skip
         if C == 0:
@@ -130,7 +127,7 @@ def backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> t
         tile = choose("input_gradient")
         programs, *blocks = _blocks(tile, (N, H, W), C)
         input_gradient[(programs,)](
-            e, taps, du, H, W, D, C, padded_C, *blocks, VEC=vector, **_constants(tile, K)
+            e, taps, du, H, W, D, C, pack_blocks, *blocks, VEC=vector, **_constants(tile, K)
         )  # fmt: skip
         return du, *_weight_gradient(e, u, strides, weight, bias, choose("weight_gradient"), vector)
 
@@ -152,12 +149,12 @@ def _weight_gradient(
     taps = K * K
     partials = torch.empty((shares, taps + 1, C), dtype=torch.float32, device=u.device)
     weight_gradient_partials[(channel_programs, shares)](
-        e, u, partials, items, H, W, D, C, *strides, N * W, K=K, GROUP=group, VEC=vector,
+        e, u, partials, items, H, W, D, C, *strides, N * W, K=K, GROUP=group, VEC=min(vector, tile.per_thread()),
         BLOCK_W=tile.block_w, BLOCK_D=tile.block_d, **tile.options(),
     )  # fmt: skip
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=u.device)
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=u.device)
     weight_gradient_sum[(taps + 1, triton.cdiv(C, _SUM_BLOCK))](
-        partials, dweight, dbias, shares, C, TAPS=taps, BLOCK_P=_SUM_BLOCK, BLOCK_D=_SUM_BLOCK
+        partials, dweight, dbias, shares, C, taps, VEC=1 if C % 4 else 4, BLOCK_P=_SUM_BLOCK, BLOCK_D=_SUM_BLOCK
     )
     return dweight, dbias

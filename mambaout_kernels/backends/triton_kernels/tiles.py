@@ -30,6 +30,10 @@ class Tile:
     stages: int = 0
     programs: int = 0
 
+    def per_thread(self) -> int:
+        """Elements of a row of the tile that a thread has, at most: a warp has 32 threads or 64."""
+        return max(1, self.block_w * self.block_d // (32 * self.num_warps))
+
     def options(self) -> dict[str, int]:
         """The compiler's, as launches and the audit give them. Fusing multiply and add is not left to its defaults."""
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .conv import columns_of
+from .kernel import kernel
 
 
 @triton.jit
@@ -18,7 +19,7 @@ def _load_row(x_ptr, h, H, stride_h, inside):
     return tl.load(x_ptr + h.to(tl.int64) * stride_h, mask=mask, other=0.0)
 
 
-@triton.jit
+@kernel
 def weight_gradient_partials(
     e_ptr, u_ptr, partials_ptr, items, H, W, D, C, stride_n, stride_h, stride_w, columns,
     K: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -75,20 +76,22 @@ def weight_gradient_partials(
         tl.store(partials_ptr + K * K * C, tl.sum(e_sum, axis=0), mask=d < C)
 
 
-@triton.jit
+@kernel
 def weight_gradient_sum(
-    partials_ptr, dweight_ptr, dbias_ptr, programs, C, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """dweight (C, TAPS) and dbias (C,): the partials in order. One program: one tap, BLOCK_D channels."""
+    partials_ptr, dweight_ptr, dbias_ptr, programs, C, taps,
+    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dweight (C, taps) and dbias (C,): the partials in order. One program: one tap, BLOCK_D channels."""
+    C = C // VEC * VEC
     tap = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for first in range(0, programs, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        offsets = p.to(tl.int64)[:, None] * ((TAPS + 1) * C) + tap * C + d[None, :]
+        offsets = p.to(tl.int64)[:, None] * ((taps + 1) * C) + tap * C + d[None, :]
         total += tl.load(partials_ptr + offsets, mask=(p < programs)[:, None] & (d < C)[None, :], other=0.0)
     value = tl.sum(total, axis=0)
-    if tap < TAPS:
-        tl.store(dweight_ptr + d * TAPS + tap, value.to(dweight_ptr.dtype.element_ty), mask=d < C)
+    if tap < taps:
+        tl.store(dweight_ptr + d * taps + tap, value.to(dweight_ptr.dtype.element_ty), mask=d < C)
     else:
         tl.store(dbias_ptr + d, value.to(dbias_ptr.dtype.element_ty), mask=d < C)
