@@ -31,7 +31,7 @@ class Comparison:
     eager_mean_error: float
     allowed: float  # mean error; infinite where eager's means nothing
     share: float = 0.0
-    difference: float = math.nan  # between ours and eager's, as a share of the largest exact value
+    difference: float = math.nan  # between ours and eager's, as a share of the largest exact value, or of the norm
 
     @property
     def passed(self) -> bool:
@@ -123,16 +123,19 @@ def compare_model(
     found = [compare("y", actual["y"], eager["y"], exact["y"])]
     names = [name for name in exact if name != "y"]
     if names:
-        own, eager_own = (_relative(results, exact, names) for results in (actual, eager))
+        own, eager_own = (_relative(results, exact, exact, names) for results in (actual, eager))
         eps = max(torch.finfo(eager[name].dtype).eps for name in names)
         roundings = 100 if eps == torch.finfo(torch.float64).eps else 0.5
         allowed = roundings * eps + (SLACK * eager_own if math.isfinite(eager_own) else 0.0)
-        found.append(Comparison("gradients", own, eager_own, own, eager_own, allowed))
+        difference = _relative(actual, eager, exact, names)
+        found.append(Comparison("gradients", own, eager_own, own, eager_own, allowed, difference=difference))
     return found
 
 
-def _relative(results: Mapping[str, Tensor], exact: Mapping[str, Tensor], names: list[str]) -> float:
-    return _mean(torch.stack([(results[n].double() - exact[n]).norm() / exact[n].norm() for n in names]))
+def _relative(
+    results: Mapping[str, Tensor], others: Mapping[str, Tensor], exact: Mapping[str, Tensor], names: list[str]
+) -> float:
+    return _mean(torch.stack([(results[n].double() - others[n].double()).norm() / exact[n].norm() for n in names]))
 
 
 def worst(comparisons: list[Comparison]) -> Comparison:
