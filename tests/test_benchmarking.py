@@ -234,6 +234,12 @@ def test_fused_is_verified(subject, mode, dtype):
     assert all(comparison.passed for comparison in found), found
 
 
+def test_without_kernels_ours_is_eager():
+    with backends.force("reference"):
+        found = workloads.verify(Cell("op", "bwd", "bf16", 4, SMALL, ("fused", "eager")))
+    assert all(comparison.passed for comparison in found), found
+
+
 @pytest.mark.skipif(backends.status()["cpu"] is not None, reason="the compiled module is not there")
 def test_a_wrong_kernel_gets_no_speedup(monkeypatch):
     from mambaout_kernels.benchmarking import measure

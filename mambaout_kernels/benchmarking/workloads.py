@@ -286,7 +286,9 @@ def verify(cell: Cell, name: str = "fused") -> list[accuracy.Comparison]:
     actual, eager = _results(cell, own, name), _results(cell, posed, "eager")
     found = [] if cell.subject == "op" else accuracy.compare_model(actual, eager, exact)
     if cell.subject != "model":
-        found += accuracy.compare_all(actual, eager, exact, _bounds(cell, posed, actual["y"]))
+        # Without kernels ours is eager, whose convolutions in two bytes may add up in two bytes: beyond any bound.
+        bounds = None if backends.uses_reference(cell.device) else _bounds(cell, posed, actual["y"])
+        found += accuracy.compare_all(actual, eager, exact, bounds)
     return found
 
 
