@@ -208,7 +208,8 @@ def test_training():
 
 
 def test_a_large_map_is_averaged_as_exactly_as_eager_does():
-    model = make()
+    """Channels differ by 0.01 on average, of 100: the norm makes much of what the sums lose."""
+    model = make(num_classes=1000)  # enough errors to compare
     x = 100 + torch.randn(1, 90, 110, model.num_features)
     exact = by_modules(copy.deepcopy(model).double(), x.double())
     bound = error_bounds.of_head(model.norm, model.head, x)
