@@ -44,7 +44,7 @@ def test_sections_and_their_report(tmp_path):
     assert "# GPU acceptance (dry run on the CPU: no GPU time is in it)" in text
     assert "- commit: abc" in text
     assert "- memcheck: compute-sanitizer memcheck: a dry run" in text
-    rows = [r for r in records if r["kind"] == "row"]
+    rows = [r for r in records if r["section"] == "op-bf16" and r["kind"] == "row"]
     assert [(r["mode"], r["contender"]) for r in rows] == [
         (mode, name) for mode in ("fwd", "bwd") for name in ("fused", "eager", "naive")
     ]
@@ -54,20 +54,11 @@ def test_sections_and_their_report(tmp_path):
         elements = (3 if row["mode"] == "fwd" else 5) * row["height"] * row["width"] * row["hidden"]
         predicted = f"| {row['mode']} | 5x5x64 | 1 | bf16 | {2 * elements / bandwidth * 1e6:.1f} |  | "
         assert predicted + f"{row['min_s'] * 1e6:.1f}" in text
-    assert {"facts", "bandwidth", "op-bf16"} <= {r["section"] for r in records if r["kind"] == "took"}
     assert len(list(tmp_path.iterdir())) <= 8
     pytest.importorskip("matplotlib")
     for image in ("predicted.png", "op.png"):
         assert f"({image})" in text
         assert (tmp_path / image).stat().st_size > 5000
-
-
-@pytest.mark.parametrize("section", ["behaviour-cuda", "check-cuda-fp32", "block", "memory"])
-def test_other_sections(tmp_path, section):
-    status, text, records = dry(tmp_path, *only(section), "--variant", "test_mambaout")
-    assert status == 0, text
-    assert [r["section"] for r in records if r["kind"] == "took"] == [section]
-    assert any(r["kind"] in ("note", "row") for r in records)
 
 
 def test_every_section_of_the_plans_is_there_and_fits_the_time(load):
