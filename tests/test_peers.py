@@ -83,7 +83,7 @@ def test_a_wrong_peer_is_not_timed(name, monkeypatch, folder):
     monkeypatch.setitem(peers._BUILDERS, name, wrong)
     cell = dataclasses.replace(CELL, contenders=("eager", name))
     _, row = measure.time_cell(cell, 1, 0.001, measure.Watch(), {}, folder)
-    assert "its output is wrong: error" in row["failure"]
+    assert "its output is wrong: y: mean error" in row["failure"]
     assert "median_s" not in row
 
 
