@@ -2,7 +2,7 @@
 
 The bound (error_bounds.py) knows nothing of eager, nor of the processor. That alone would let an error grow with the
 number of terms where errors grow with its square root, so that the root mean square of a tensor's errors may be at
-most twice that of PyTorch in the same dtype, plus one rounding of every element.
+most twice that of PyTorch in the same dtype, and one rounding of every element: of independent errors squares add.
 """
 
 import math
@@ -86,7 +86,7 @@ def compare(
     is_truth = eager.dtype == torch.float64
     allowed = (100 if is_truth else 0.5) * torch.finfo(eager.dtype).eps * _mean(exact)
     if math.isfinite(eager_own):  # eager's overflow does not excuse ours
-        allowed += slack * eager_own
+        allowed = math.hypot(slack * eager_own, allowed)  # independent errors: their squares add
     share = 0.0
     if bound is not None:
         share = _largest(torch.where(ours == 0, 0.0, ours / bound))
@@ -126,7 +126,7 @@ def compare_model(
         own, eager_own = (_relative(results, exact, exact, names) for results in (actual, eager))
         eps = max(torch.finfo(eager[name].dtype).eps for name in names)
         roundings = 100 if eps == torch.finfo(torch.float64).eps else 0.5
-        allowed = roundings * eps + (SLACK * eager_own if math.isfinite(eager_own) else 0.0)
+        allowed = math.hypot(SLACK * eager_own if math.isfinite(eager_own) else 0.0, roundings * eps)
         difference = _relative(actual, eager, exact, names)
         found.append(Comparison("gradients", own, eager_own, own, eager_own, allowed, difference=difference))
     return found
