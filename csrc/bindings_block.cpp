@@ -30,7 +30,8 @@ GatedCnnBlockShape shape_of(const Tensor& fc1_weight, const Tensor& conv_weight,
 }
 
 std::int64_t pack_bytes(const GatedCnnBlockShape& shape) {
-  return static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::block_pack_bytes(shape);
+  return static_cast<std::int64_t>(sizeof(PackHeader)) +
+         cpu::block_packed_bytes(shape, cpu::block_packed_format(shape));
 }
 std::int64_t pack_bytes_for(Tensor fc1_weight, Tensor conv_weight, bool bf16) {
   return pack_bytes(shape_of(fc1_weight, conv_weight, bf16));
@@ -52,13 +53,8 @@ void pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bi
 
   auto* header = pack_memory<PackHeader>(packed, pack_bytes(shape));
   cpu::pack_block(shape, p, header + 1);
-  *header = {kMagic,
-             cpu::block_pack_id(shape),
-             shape.dim,
-             shape.D,
-             shape.C,
-             shape.K,
-             static_cast<std::int64_t>(shape.multiplied)};
+  *header = {kMagic,  format_id(cpu::block_packed_format(shape)), shape.dim, shape.D, shape.C,
+             shape.K, static_cast<std::int64_t>(shape.multiplied)};
 }
 
 // The shape that was packed; nothing of it is believed that the size of the tensor does not bear out.
@@ -71,7 +67,8 @@ GatedCnnBlockShape packed_shape(const Tensor& packed) {
   shape.K = static_cast<int>(header->K);
   shape.multiplied = static_cast<DType>(header->multiplied);
   const bool multiplied_known = shape.multiplied == DType::kFloat32 || shape.multiplied == DType::kBFloat16;
-  STD_TORCH_CHECK(multiplied_known && cpu::block_supports(shape.multiplied) && header->id == cpu::block_pack_id(shape),
+  STD_TORCH_CHECK(multiplied_known && cpu::block_supports(shape.multiplied) &&
+                      header->id == format_id(cpu::block_packed_format(shape)),
                   "packed is for another instruction set than the one in use; pack again");
   STD_TORCH_CHECK(packed.numel() == pack_bytes(shape), "packed has the wrong size");
   return shape;

@@ -24,7 +24,8 @@ DownsampleShape shape_of(const Tensor& weight, bool bf16) {
 }
 
 std::int64_t pack_bytes(const DownsampleShape& shape) {
-  return static_cast<std::int64_t>(sizeof(PackHeader)) + cpu::downsample_pack_bytes(shape);
+  return static_cast<std::int64_t>(sizeof(PackHeader)) +
+         cpu::downsample_packed_bytes(shape, cpu::downsample_packed_format(shape));
 }
 std::int64_t pack_bytes_for(Tensor weight, bool bf16) { return pack_bytes(shape_of(weight, bf16)); }
 
@@ -37,7 +38,7 @@ void pack(Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, bool
   p.norm_bias = optional_parameter(norm_bias, shape.out_channels, "norm_bias");
   auto* header = pack_memory<PackHeader>(packed, pack_bytes(shape));
   cpu::pack_downsample(shape, p, header + 1);
-  *header = {kMagic, cpu::downsample_pack_id(shape), shape.in_channels, shape.out_channels,
+  *header = {kMagic, format_id(cpu::downsample_packed_format(shape)), shape.in_channels, shape.out_channels,
              static_cast<std::int64_t>(shape.multiplied)};
 }
 
@@ -49,9 +50,9 @@ DownsampleShape packed_shape(const Tensor& packed) {
   shape.out_channels = header->out_channels;
   shape.multiplied = static_cast<DType>(header->multiplied);
   const bool multiplied_known = shape.multiplied == DType::kFloat32 || shape.multiplied == DType::kBFloat16;
-  STD_TORCH_CHECK(
-      multiplied_known && cpu::downsample_supports(shape.multiplied) && header->id == cpu::downsample_pack_id(shape),
-      "packed is for another instruction set than the one in use; pack again");
+  STD_TORCH_CHECK(multiplied_known && cpu::downsample_supports(shape.multiplied) &&
+                      header->id == format_id(cpu::downsample_packed_format(shape)),
+                  "packed is for another instruction set than the one in use; pack again");
   STD_TORCH_CHECK(packed.numel() == pack_bytes(shape), "packed has the wrong size");
   return shape;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings_common.h"
+#include "cpu/packed_format.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -16,6 +17,8 @@ inline const float* parameter(const Tensor& tensor, std::int64_t count, const ch
 inline const float* optional_parameter(const Tensor& tensor, std::int64_t count, const char* name) {
   return tensor.numel() == 0 ? nullptr : parameter(tensor, count, name);
 }
+
+inline std::int64_t format_id(cpu::PackedFormat format) { return format.lanes * 16 + format.element_bytes; }
 
 inline bool holds_pack(const Tensor& packed) {
   return packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&

@@ -18,11 +18,16 @@ struct DownsampleShape {
   DType multiplied;  // what the matrix products multiply: kFloat32, or kBFloat16; sums are fp32
 };
 
-// Each contiguous and fp32; a null bias, norm_weight or norm_bias is left out.
-struct DownsampleParameters {
-  const float *weight, *bias;  // (out_channels, in_channels, 3, 3), (out_channels,)
-  const float *norm_weight, *norm_bias;
+// The parameters, each contiguous and fp32.
+template <typename Float>
+struct DownsampleParametersOf {
+  Float *weight, *bias;            // (out_channels, in_channels, 3, 3), (out_channels,)
+  Float *norm_weight, *norm_bias;  // (out_channels,)
 };
+// To pack; a null bias, norm_weight or norm_bias is left out.
+using DownsampleParameters = DownsampleParametersOf<const float>;
+// To unpack to; none is null.
+using MutableDownsampleParameters = DownsampleParametersOf<float>;
 
 struct DownsampleCall {
   DownsampleShape shape;

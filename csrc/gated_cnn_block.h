@@ -20,14 +20,19 @@ struct GatedCnnBlockShape {
   DType multiplied;  // what the matrix products multiply: kFloat32, or kBFloat16; sums are fp32
 };
 
-// The parameters, each contiguous and fp32; a null norm_weight, norm_bias, bias or scale is left out.
-struct GatedCnnBlockParameters {
-  const float *norm_weight, *norm_bias;  // (dim,)
-  const float *fc1_weight, *fc1_bias;    // (2D, dim), (2D,)
-  const float *conv_weight, *conv_bias;  // (C, 1, K, K), (C,)
-  const float *fc2_weight, *fc2_bias;    // (dim, D), (dim,)
-  const float* scale;                    // (dim,)
+// The parameters, each contiguous and fp32.
+template <typename Float>
+struct GatedCnnBlockParametersOf {
+  Float *norm_weight, *norm_bias;  // (dim,)
+  Float *fc1_weight, *fc1_bias;    // (2D, dim), (2D,)
+  Float *conv_weight, *conv_bias;  // (C, 1, K, K), (C,)
+  Float *fc2_weight, *fc2_bias;    // (dim, D), (dim,)
+  Float* scale;                    // (dim,)
 };
+// To pack; a null norm_weight, norm_bias, bias or scale is left out.
+using GatedCnnBlockParameters = GatedCnnBlockParametersOf<const float>;
+// To unpack to; none is null.
+using MutableGatedCnnBlockParameters = GatedCnnBlockParametersOf<float>;
 
 struct GatedCnnBlockCall {
   GatedCnnBlockShape shape;

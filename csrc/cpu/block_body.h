@@ -30,8 +30,7 @@ class BlockRunner {
         identity_(panel_range(task, at_.identity)),
         conv_(panel_range(task, at_.conv)),
         out_(panel_range(task, at_.dim)),
-        window_(block_window(at_, shape_, {0, L, sizeof(Element), nullptr}, width_, task.chunk_rows,
-                             conv_.end - conv_.begin)),
+        window_(block_window(at_, shape_, {L, sizeof(Element)}, width_, task.chunk_rows, conv_.end - conv_.begin)),
         normed_(part<Element>(window_.normed)),
         ring_(part<float>(window_.ring)),
         y_(part<Element>(window_.y)),
@@ -322,11 +321,11 @@ void run_block(const BlockTask& task) {
   }
 }
 
-template <typename Products, int kId>
+template <typename Products>
 const BlockKernels* block_kernels_for(DType io) {
-  constexpr int kBytes = sizeof(typename Products::Element);
-  static constexpr BlockKernels kFloat32 = {kId, Vec::kLanes, kBytes, run_block<float, Products>};
-  static constexpr BlockKernels kBFloat16 = {kId, Vec::kLanes, kBytes, run_block<BFloat16, Products>};
+  constexpr PackedFormat kFormat = {Vec::kLanes, sizeof(typename Products::Element)};
+  static constexpr BlockKernels kFloat32 = {kFormat, run_block<float, Products>};
+  static constexpr BlockKernels kBFloat16 = {kFormat, run_block<BFloat16, Products>};
   return io == DType::kFloat32 ? &kFloat32 : io == DType::kBFloat16 ? &kBFloat16 : nullptr;
 }
 

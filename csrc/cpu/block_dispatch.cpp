@@ -30,17 +30,17 @@ const BlockKernels* kernels_of(DType multiplied, DType io) {
 
 std::int64_t padded(std::int64_t count, std::int64_t unit) { return ceil_div(count, unit) * unit; }
 
-BlockPack lay_out(const GatedCnnBlockShape& shape, const BlockKernels& kernels) {
+BlockPack lay_out(const GatedCnnBlockShape& shape, PackedFormat format) {
   BlockPack at;
-  const std::int64_t pair = kernels.element_bytes == 2 ? 2 : 1;
-  at.columns = 2 * kernels.lanes;
+  const std::int64_t pair = format.element_bytes == 2 ? 2 : 1;
+  at.columns = 2 * format.lanes;
   at.dim = padded(shape.dim, at.columns);
   at.identity = padded(shape.D - shape.C, at.columns);
   at.conv = padded(shape.C, at.columns);
   at.depth1 = padded(shape.dim, pair);
   at.depth2 = at.identity + at.conv;
-  at.panel1 = at.depth1 * at.columns * kernels.element_bytes;
-  at.panel2 = at.depth2 * at.columns * kernels.element_bytes;
+  at.panel1 = at.depth1 * at.columns * format.element_bytes;
+  at.panel2 = at.depth2 * at.columns * format.element_bytes;
   std::int64_t next = 0;
   const auto take = [&](std::int64_t bytes) {
     const std::int64_t begin = next;
@@ -66,35 +66,45 @@ BlockPack lay_out(const GatedCnnBlockShape& shape, const BlockKernels& kernels) 
   return at;
 }
 
-// Rows and columns of a matrix, (out, in) as nn.Linear has it, to panels; `column(k)` is the place of the k-th of
-// `depth` inputs in the matrix, or negative for a zero.
-class Packer {
- public:
-  Packer(const GatedCnnBlockShape& shape, const BlockKernels& kernels, void* packed)
-      : at(lay_out(shape, kernels)), kernels_(kernels), packed_(static_cast<char*>(packed)) {}
+// Where every parameter lies; which way it moves, PackedParameters says.
+template <typename Float>
+void move_parameters(const GatedCnnBlockShape& shape, const BlockPack& at, const PackedParameters<Float>& packed,
+                     const GatedCnnBlockParametersOf<Float>& parameters) {
+  const std::int64_t identity = shape.D - shape.C, dim = shape.dim;
+  packed.vector(at.norm_weight, parameters.norm_weight, dim, 1.0f);
+  packed.vector(at.norm_bias, parameters.norm_bias, dim, 0.0f);
 
-  float* floats(std::int64_t offset) const { return reinterpret_cast<float*>(packed_ + offset); }
+  // fc1's rows: gate of the identity channels, gate of the conv channels, identity, conv.
+  const auto fc1 = [&](std::int64_t offset, std::int64_t panel_step, std::int64_t first, std::int64_t count) {
+    packed.panels(offset, panel_step, count, dim,
+                  [&](std::int64_t row, std::int64_t k) { return parameters.fc1_weight + (first + row) * dim + k; });
+  };
+  const auto fc1_bias = [&](std::int64_t offset, std::int64_t first, std::int64_t count) {
+    packed.vector(offset, parameters.fc1_bias == nullptr ? nullptr : parameters.fc1_bias + first, count, 0.0f);
+  };
+  fc1(at.identity_panels, 2 * at.panel1, 0, identity);
+  fc1(at.identity_panels + at.panel1, 2 * at.panel1, shape.D, identity);
+  fc1(at.gate_panels, at.panel1, identity, shape.C);
+  fc1(at.conv_panels, at.panel1, shape.D + identity, shape.C);
+  fc1_bias(at.identity_gate_bias, 0, identity);
+  fc1_bias(at.identity_bias, shape.D, identity);
+  fc1_bias(at.gate_bias, identity, shape.C);
+  fc1_bias(at.conv_bias1, shape.D + identity, shape.C);
 
-  // to[i] = from[i] for i < count, or `missing` for a null `from`.
-  void vector(std::int64_t offset, const float* from, std::int64_t count, float missing = 0.0f) const {
-    for (std::int64_t i = 0; i < count; ++i) floats(offset)[i] = from == nullptr ? missing : from[i];
-  }
+  packed.filters(at.filter, parameters.conv_weight, shape.C, static_cast<std::int64_t>(shape.K) * shape.K);
+  packed.vector(at.filter_bias, parameters.conv_bias, shape.C, 0.0f);
 
-  template <typename Column>
-  void panel(std::int64_t offset, const float* matrix, std::int64_t matrix_step, std::int64_t rows, std::int64_t depth,
-             const Column& column) const {
-    pack_panel(packed_ + offset, kernels_.element_bytes, at.columns, rows, depth, [&](std::int64_t j, std::int64_t k) {
-      const std::int64_t from = column(k);
-      return from < 0 ? 0.0f : matrix[j * matrix_step + from];
-    });
-  }
-
-  const BlockPack at;
-
- private:
-  const BlockKernels& kernels_;
-  char* packed_;
-};
+  // The input of fc2 that is the k-th in depth, negative for a zero.
+  const auto input = [&](std::int64_t k) -> std::int64_t {
+    if (k < at.identity) return k < identity ? k : -1;
+    return k - at.identity < shape.C ? k - at.identity + identity : -1;
+  };
+  packed.panels(at.fc2_panels, at.panel2, dim, at.depth2, [&](std::int64_t row, std::int64_t k) -> Float* {
+    return input(k) < 0 ? nullptr : parameters.fc2_weight + row * shape.D + input(k);
+  });
+  packed.vector(at.fc2_bias, parameters.fc2_bias, dim, 0.0f);
+  packed.vector(at.scale, parameters.scale, dim, 1.0f);
+}
 
 // Of a pixel's work: LayerNorm, times the channels.
 constexpr double kNormShare = 3.0;
@@ -149,19 +159,19 @@ struct Scratch {
   std::int64_t image;  // what is shared of an image
   std::int64_t shared, window;
 };
-Scratch scratch(const GatedCnnBlockCall& call, const BlockPack& at, const BlockKernels& kernels, const Cut& c) {
-  const BlockWindow window = block_window(at, call.shape, kernels, c.width, c.chunk_rows, c.conv);
+Scratch scratch(const GatedCnnBlockCall& call, const BlockPack& at, PackedFormat format, const Cut& c) {
+  const BlockWindow window = block_window(at, call.shape, format, c.width, c.chunk_rows, c.conv);
   const std::int64_t ends = c.halo ? align_up(at.conv * 2 * (call.shape.K / 2) * call.W * 4) : 0;
-  const std::int64_t y = c.parts > 1 ? align_up(call.H * call.W * window.step2 * kernels.element_bytes) : 0;
+  const std::int64_t y = c.parts > 1 ? align_up(call.H * call.W * window.step2 * format.element_bytes) : 0;
   const std::int64_t image = y + (c.strips - 1) * ends;
   return {ends, image, image * call.N, window.total};
 }
 
 }  // namespace
 
-BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, const BlockKernels& kernels,
-                         std::int64_t width, std::int64_t chunk_rows, std::int64_t conv) {
-  const std::int64_t R = shape.K / 2, pixels = chunk_rows * width, line = kLine / kernels.element_bytes;
+BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, PackedFormat format, std::int64_t width,
+                         std::int64_t chunk_rows, std::int64_t conv) {
+  const std::int64_t R = shape.K / 2, pixels = chunk_rows * width, line = kLine / format.element_bytes;
   const std::int64_t halo_rows = shape.C > 0 ? R : 0;
   BlockWindow w;
   // Off the powers of two: rows of a tile that are a multiple of 4 KiB apart would share their places in L1.
@@ -175,10 +185,10 @@ BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, c
     next += align_up(bytes);
     return begin;
   };
-  w.normed = take((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width * w.step1 * kernels.element_bytes);
+  w.normed = take((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width * w.step1 * format.element_bytes);
   w.ring = take(conv * w.ring_rows * w.padded_width * 4);
-  w.y = take(pixels * w.step2 * kernels.element_bytes);
-  w.s = take(2 * pixels * kernels.lanes * 4);
+  w.y = take(pixels * w.step2 * format.element_bytes);
+  w.s = take(2 * pixels * format.lanes * 4);
   w.tiles = take(2 * kMaxTileRows * at.columns * 4);
   w.total = next;
   return w;
@@ -186,72 +196,40 @@ BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, c
 
 bool block_supports(DType multiplied) { return kernels_of(multiplied, DType::kFloat32) != nullptr; }
 
-std::int64_t block_pack_bytes(const GatedCnnBlockShape& shape) {
-  return lay_out(shape, *kernels_of(shape.multiplied, DType::kFloat32)).total;
+PackedFormat block_packed_format(const GatedCnnBlockShape& shape) {
+  return kernels_of(shape.multiplied, DType::kFloat32)->format;
 }
-int block_pack_id(const GatedCnnBlockShape& shape) { return kernels_of(shape.multiplied, DType::kFloat32)->id; }
+std::int64_t block_packed_bytes(const GatedCnnBlockShape& shape, PackedFormat format) {
+  return lay_out(shape, format).total;
+}
 
 void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters, void* packed) {
-  const BlockKernels& kernels = *kernels_of(shape.multiplied, DType::kFloat32);
-  const Packer packer(shape, kernels, packed);
-  const BlockPack& at = packer.at;
-  const std::int64_t identity = shape.D - shape.C, dim = shape.dim, L = kernels.lanes, taps = shape.K * shape.K;
+  const PackedFormat format = block_packed_format(shape);
+  const BlockPack at = lay_out(shape, format);
   std::memset(packed, 0, at.total);
-  packer.vector(at.norm_weight, parameters.norm_weight, dim, 1.0f);
-  packer.vector(at.norm_bias, parameters.norm_bias, dim);
+  move_parameters(shape, at, PackedParameters<const float>(format, static_cast<char*>(packed)), parameters);
+}
 
-  // fc1's rows: gate of the identity channels, gate of the conv channels, identity, conv.
-  const auto fc1 = [&](std::int64_t offset, std::int64_t step, std::int64_t first, std::int64_t count) {
-    for (std::int64_t j = 0; j < count; j += at.columns) {
-      packer.panel(offset + j / at.columns * step, parameters.fc1_weight + (first + j) * dim, dim, count - j, at.depth1,
-                   [&](std::int64_t k) { return k < dim ? k : -1; });
-    }
-  };
-  const auto fc1_bias = [&](std::int64_t offset, std::int64_t first, std::int64_t count) {
-    const float* bias = parameters.fc1_bias;
-    packer.vector(offset, bias == nullptr ? nullptr : bias + first, count);
-  };
-  fc1(at.identity_panels, 2 * at.panel1, 0, identity);
-  fc1(at.identity_panels + at.panel1, 2 * at.panel1, shape.D, identity);
-  fc1(at.gate_panels, at.panel1, identity, shape.C);
-  fc1(at.conv_panels, at.panel1, shape.D + identity, shape.C);
-  fc1_bias(at.identity_gate_bias, 0, identity);
-  fc1_bias(at.identity_bias, shape.D, identity);
-  fc1_bias(at.gate_bias, identity, shape.C);
-  fc1_bias(at.conv_bias1, shape.D + identity, shape.C);
-
-  for (std::int64_t c = 0; c < shape.C; ++c) {
-    for (std::int64_t k = 0; k < taps; ++k) {
-      packer.floats(at.filter)[(c / L * taps + k) * L + c % L] = parameters.conv_weight[c * taps + k];
-    }
-  }
-  packer.vector(at.filter_bias, parameters.conv_bias, shape.C);
-
-  for (std::int64_t j = 0; j < dim; j += at.columns) {
-    packer.panel(at.fc2_panels + j / at.columns * at.panel2, parameters.fc2_weight + j * shape.D, shape.D, dim - j,
-                 at.depth2, [&](std::int64_t k) {
-                   if (k < at.identity) return k < identity ? k : -1;
-                   return k - at.identity < shape.C ? k - at.identity + identity : -1;
-                 });
-  }
-  packer.vector(at.fc2_bias, parameters.fc2_bias, dim);
-  packer.vector(at.scale, parameters.scale, dim, 1.0f);
+void unpack_block(const GatedCnnBlockShape& shape, PackedFormat format, const void* packed,
+                  const MutableGatedCnnBlockParameters& parameters) {
+  const PackedParameters<float> from(format, static_cast<const char*>(packed));
+  move_parameters(shape, lay_out(shape, format), from, parameters);
 }
 
 std::int64_t block_workspace_bytes(const GatedCnnBlockCall& call, int num_threads) {
   if (call.N * call.H * call.W == 0) return kLine;
   const BlockKernels& kernels = *kernels_of(call.shape.multiplied, call.dtype);
-  const BlockPack at = lay_out(call.shape, kernels);
-  const Scratch bytes = scratch(call, at, kernels, cut(call, at, num_threads));
+  const BlockPack at = lay_out(call.shape, kernels.format);
+  const Scratch bytes = scratch(call, at, kernels.format, cut(call, at, num_threads));
   return bytes.shared + num_threads * bytes.window + kLine;
 }
 
 void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
   if (call.N * call.H * call.W == 0) return;
   const BlockKernels& kernels = *kernels_of(call.shape.multiplied, call.dtype);
-  const BlockPack at = lay_out(call.shape, kernels);
+  const BlockPack at = lay_out(call.shape, kernels.format);
   const Cut c = cut(call, at, num_threads);
-  const Scratch bytes = scratch(call, at, kernels, c);
+  const Scratch bytes = scratch(call, at, kernels.format, c);
   char* base = align_up(workspace);
   const auto run = [&](BlockStep step) {
     const std::int64_t tasks_of_image = c.strips * c.columns * c.parts;

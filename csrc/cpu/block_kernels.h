@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../gated_cnn_block.h"
+#include "packed_format.h"
 
 namespace mambaout_kernels::cpu {
 
@@ -67,15 +68,13 @@ struct BlockWindow {
 constexpr int kMaxTileRows = 14;
 
 struct BlockKernels {
-  int id;  // of the layout of packed parameters
-  int lanes;
-  int element_bytes;  // of what is multiplied
+  PackedFormat format;
   void (*run)(const BlockTask&);
 };
 
 // conv: the most conv channels of a task, in whole panels
-BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, const BlockKernels& kernels,
-                         std::int64_t width, std::int64_t chunk_rows, std::int64_t conv);
+BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, PackedFormat format, std::int64_t width,
+                         std::int64_t chunk_rows, std::int64_t conv);
 
 const BlockKernels* block_kernels_portable(DType multiplied, DType io);     // null but for fp32 products
 const BlockKernels* block_kernels_avx2(DType multiplied, DType io);         // null but for fp32 products

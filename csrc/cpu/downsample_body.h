@@ -194,14 +194,12 @@ void run_downsample(const DownsampleTask& task) {
   DownsampleRunner<In, Out, Products>(task).run();
 }
 
-template <typename Products, int kId>
+template <typename Products>
 const DownsampleKernels* downsample_kernels_for(DType in, DType out) {
-  constexpr int kBytes = sizeof(typename Products::Element);
+  constexpr PackedFormat kFormat = {Vec::kLanes, sizeof(typename Products::Element)};
   static constexpr DownsampleKernels kKernels[2][2] = {
-      {{kId, Vec::kLanes, kBytes, run_downsample<float, float, Products>},
-       {kId, Vec::kLanes, kBytes, run_downsample<float, BFloat16, Products>}},
-      {{kId, Vec::kLanes, kBytes, run_downsample<BFloat16, float, Products>},
-       {kId, Vec::kLanes, kBytes, run_downsample<BFloat16, BFloat16, Products>}}};
+      {{kFormat, run_downsample<float, float, Products>}, {kFormat, run_downsample<float, BFloat16, Products>}},
+      {{kFormat, run_downsample<BFloat16, float, Products>}, {kFormat, run_downsample<BFloat16, BFloat16, Products>}}};
   return &kKernels[in == DType::kBFloat16][out == DType::kBFloat16];
 }
 

@@ -34,18 +34,31 @@ const DownsampleKernels* kernels_of(const DownsampleShape& shape) {
   return kernels_of(shape.multiplied, DType::kFloat32, DType::kFloat32);
 }
 
-DownsamplePack lay_out(const DownsampleShape& shape, const DownsampleKernels& kernels) {
+DownsamplePack lay_out(const DownsampleShape& shape, PackedFormat format) {
   DownsamplePack at;
-  at.columns = 2 * kernels.lanes;
-  at.channels = kernels.element_bytes == 2 ? ceil_div(shape.in_channels, 2) * 2 : shape.in_channels;
+  at.columns = 2 * format.lanes;
+  at.channels = format.element_bytes == 2 ? ceil_div(shape.in_channels, 2) * 2 : shape.in_channels;
   at.out = ceil_div(shape.out_channels, at.columns) * at.columns;
-  at.panel = 9 * at.channels * at.columns * kernels.element_bytes;
+  at.panel = 9 * at.channels * at.columns * format.element_bytes;
   at.panels = 0;
   at.bias = at.panels + at.out / at.columns * at.panel;
   at.norm_weight = at.bias + at.out * 4;
   at.norm_bias = at.norm_weight + at.out * 4;
   at.total = at.norm_bias + at.out * 4;
   return at;
+}
+
+// Where every parameter lies; which way it moves, PackedParameters says.
+template <typename Float>
+void move_parameters(const DownsampleShape& shape, const DownsamplePack& at, const PackedParameters<Float>& packed,
+                     const DownsampleParametersOf<Float>& parameters) {
+  packed.panels(at.panels, at.panel, shape.out_channels, 9 * at.channels, [&](std::int64_t row, std::int64_t k) {
+    const std::int64_t tap = k / at.channels, c = k % at.channels;
+    return c < shape.in_channels ? parameters.weight + (row * shape.in_channels + c) * 9 + tap : nullptr;
+  });
+  packed.vector(at.bias, parameters.bias, shape.out_channels, 0.0f);
+  packed.vector(at.norm_weight, parameters.norm_weight, shape.out_channels, 1.0f);
+  packed.vector(at.norm_bias, parameters.norm_bias, shape.out_channels, 0.0f);
 }
 
 // Into how many strips of rows an image is cut.
@@ -88,44 +101,39 @@ DownsampleWindow downsample_window(const DownsampleCall& call, const DownsampleP
 bool downsample_supports(DType multiplied) {
   return kernels_of(multiplied, DType::kFloat32, DType::kFloat32) != nullptr;
 }
-std::int64_t downsample_pack_bytes(const DownsampleShape& shape) { return lay_out(shape, *kernels_of(shape)).total; }
-int downsample_pack_id(const DownsampleShape& shape) { return kernels_of(shape)->id; }
+PackedFormat downsample_packed_format(const DownsampleShape& shape) { return kernels_of(shape)->format; }
+std::int64_t downsample_packed_bytes(const DownsampleShape& shape, PackedFormat format) {
+  return lay_out(shape, format).total;
+}
 
 void pack_downsample(const DownsampleShape& shape, const DownsampleParameters& parameters, void* packed) {
-  const DownsampleKernels& kernels = *kernels_of(shape);
-  const DownsamplePack at = lay_out(shape, kernels);
-  char* to = static_cast<char*>(packed);
-  std::memset(to, 0, at.total);
-  for (std::int64_t j = 0; j < at.out; j += at.columns) {
-    pack_panel(to + at.panels + j / at.columns * at.panel, kernels.element_bytes, at.columns, shape.out_channels - j,
-               9 * at.channels, [&](std::int64_t column, std::int64_t k) {
-                 const std::int64_t tap = k / at.channels, c = k % at.channels;
-                 return c < shape.in_channels ? parameters.weight[((j + column) * shape.in_channels + c) * 9 + tap] : 0;
-               });
-  }
-  const auto vector = [&](std::int64_t offset, const float* from, float missing) {
-    auto* values = reinterpret_cast<float*>(to + offset);
-    for (std::int64_t i = 0; i < shape.out_channels; ++i) values[i] = from == nullptr ? missing : from[i];
-  };
-  vector(at.bias, parameters.bias, 0.0f);
-  vector(at.norm_weight, parameters.norm_weight, 1.0f);
-  vector(at.norm_bias, parameters.norm_bias, 0.0f);
+  const PackedFormat format = downsample_packed_format(shape);
+  const DownsamplePack at = lay_out(shape, format);
+  std::memset(packed, 0, at.total);
+  move_parameters(shape, at, PackedParameters<const float>(format, static_cast<char*>(packed)), parameters);
+}
+
+void unpack_downsample(const DownsampleShape& shape, PackedFormat format, const void* packed,
+                       const MutableDownsampleParameters& parameters) {
+  const PackedParameters<float> from(format, static_cast<const char*>(packed));
+  move_parameters(shape, lay_out(shape, format), from, parameters);
 }
 
 std::int64_t downsample_workspace_bytes(const DownsampleCall& call, int num_threads) {
   if (call.N * call.H * call.W == 0) return kLine;
   const DownsampleKernels& kernels = *kernels_of(call.shape);
-  const DownsamplePack at = lay_out(call.shape, kernels);
-  const std::int64_t rows = ceil_div(call.out_height(), strips_of(call, at, kernels.element_bytes, num_threads));
-  return num_threads * downsample_window(call, at, kernels.element_bytes, rows).total + kLine;
+  const DownsamplePack at = lay_out(call.shape, kernels.format);
+  const std::int64_t rows = ceil_div(call.out_height(), strips_of(call, at, kernels.format.element_bytes, num_threads));
+  return num_threads * downsample_window(call, at, kernels.format.element_bytes, rows).total + kLine;
 }
 
 void downsample_forward(const DownsampleCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
   if (call.N * call.H * call.W == 0) return;
   const DownsampleKernels& kernels = *kernels_of(call.shape.multiplied, call.in_dtype, call.out_dtype);
-  const DownsamplePack at = lay_out(call.shape, kernels);
-  const std::int64_t height = call.out_height(), strips = strips_of(call, at, kernels.element_bytes, num_threads);
-  const std::int64_t bytes = downsample_window(call, at, kernels.element_bytes, ceil_div(height, strips)).total;
+  const DownsamplePack at = lay_out(call.shape, kernels.format);
+  const std::int64_t height = call.out_height(),
+                     strips = strips_of(call, at, kernels.format.element_bytes, num_threads);
+  const std::int64_t bytes = downsample_window(call, at, kernels.format.element_bytes, ceil_div(height, strips)).total;
   char* base = align_up(workspace);
   run_tasks(call.N * strips, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     const std::int64_t strip = task % strips;

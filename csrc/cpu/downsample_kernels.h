@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../downsample.h"
+#include "packed_format.h"
 
 namespace mambaout_kernels::cpu {
 
@@ -35,9 +36,7 @@ struct DownsampleWindow {
 };
 
 struct DownsampleKernels {
-  int id;  // of the layout of packed parameters
-  int lanes;
-  int element_bytes;  // of what is multiplied
+  PackedFormat format;
   void (*run)(const DownsampleTask&);
 };
 

@@ -46,11 +46,11 @@ const Kernels* kernels_avx512(DType dtype) {
 }
 
 const BlockKernels* block_kernels_avx512(DType multiplied, DType io) {
-  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products, 2>(io) : nullptr;
+  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products>(io) : nullptr;
 }
 
 const DownsampleKernels* downsample_kernels_avx512(DType multiplied, DType in, DType out) {
-  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products, 2>(in, out) : nullptr;
+  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products>(in, out) : nullptr;
 }
 
 const MatmulKernels* matmul_kernels_avx512() { return &kMatmulKernels; }

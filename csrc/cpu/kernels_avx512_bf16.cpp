@@ -42,11 +42,11 @@ const Kernels* kernels_avx512_bf16(DType dtype) {
 }
 
 const BlockKernels* block_kernels_avx512_bf16(DType multiplied, DType io) {
-  return multiplied == DType::kBFloat16 ? block_kernels_for<Bf16Products, 3>(io) : nullptr;
+  return multiplied == DType::kBFloat16 ? block_kernels_for<Bf16Products>(io) : nullptr;
 }
 
 const DownsampleKernels* downsample_kernels_avx512_bf16(DType multiplied, DType in, DType out) {
-  return multiplied == DType::kBFloat16 ? downsample_kernels_for<Bf16Products, 3>(in, out) : nullptr;
+  return multiplied == DType::kBFloat16 ? downsample_kernels_for<Bf16Products>(in, out) : nullptr;
 }
 
 const PeakKernel* peak_avx512_bf16(DType multiplied) { return multiplied == DType::kBFloat16 ? &kPeakBf16 : nullptr; }

@@ -51,11 +51,11 @@ const Kernels* kernels_portable(DType dtype) {
 }
 
 const BlockKernels* block_kernels_portable(DType multiplied, DType io) {
-  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products, 0>(io) : nullptr;
+  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products>(io) : nullptr;
 }
 
 const DownsampleKernels* downsample_kernels_portable(DType multiplied, DType in, DType out) {
-  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products, 0>(in, out) : nullptr;
+  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products>(in, out) : nullptr;
 }
 
 const MatmulKernels* matmul_kernels_portable() { return &kMatmulKernels; }

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/convert.h"
 #include "../../csrc/cpu/downsample_cpu.h"
 #include "../../csrc/cpu/gated_cnn_block_cpu.h"
 #include "../../csrc/cpu/gated_dwconv_cpu.h"
@@ -180,6 +181,39 @@ void run_op(const Call& call) {
   for (const Memory* output : {&du, &dweight, &dbias}) output->write();
 }
 
+// Memory to unpack a parameter to, which must then hold what was packed: `missing` for one that was left out, and what
+// a matrix is rounded to where its panels are bf16.
+class Unpacked {
+ public:
+  Unpacked(std::int64_t count, bool at_begin) : count_(count), memory_(count * 4, at_begin) {}
+  float* floats() const { return reinterpret_cast<float*>(memory_.data()); }
+  void check(const Input& parameter, float missing, bool bf16 = false) const {
+    memory_.check();
+    for (std::int64_t i = 0; i < count_; ++i) {
+      float expected = parameter.floats() == nullptr ? missing : parameter.floats()[i];
+      if (bf16) {
+        cpu::BFloat16 rounded;
+        cpu::narrow(expected, &rounded);
+        expected = cpu::widen(rounded);
+      }
+      if (std::memcmp(&expected, floats() + i, 4) != 0) fail("unpacked another value than was packed");
+    }
+  }
+
+ private:
+  std::int64_t count_;
+  Memory memory_;
+};
+
+// Unpacks under another instruction set than packed: the format says all.
+template <typename Unpack>
+void unpack_elsewhere(const Unpack& unpack) {
+  const cpu::Isa isa = cpu::current_isa();
+  cpu::set_isa(cpu::Isa::kPortable);
+  unpack();
+  cpu::set_isa(isa);
+}
+
 void run_block(const Call& call) {
   const bool at_begin = call.at_begin != 0;
   const int threads = static_cast<int>(call.threads);
@@ -194,11 +228,34 @@ void run_block(const Call& call) {
   if (!cpu::block_supports(block.shape.multiplied)) fail("the block does not multiply this dtype here");
   const Input x(at_begin), norm_weight(at_begin), norm_bias(at_begin), fc1_weight(at_begin), fc1_bias(at_begin),
       conv_weight(at_begin), conv_bias(at_begin), fc2_weight(at_begin), fc2_bias(at_begin), scale(at_begin);
-  const Memory packed(cpu::block_pack_bytes(block.shape), at_begin, 64);
+  const cpu::PackedFormat format = cpu::block_packed_format(block.shape);
+  const Memory packed(cpu::block_packed_bytes(block.shape, format), at_begin, 64);
   cpu::pack_block(block.shape,
                   {norm_weight.floats(), norm_bias.floats(), fc1_weight.floats(), fc1_bias.floats(),
                    conv_weight.floats(), conv_bias.floats(), fc2_weight.floats(), fc2_bias.floats(), scale.floats()},
                   packed.data());
+  {
+    const std::int64_t dim = call.dim, D = call.D, C = call.C, taps = call.K * call.K;
+    const Unpacked norm_weights(dim, at_begin), norm_biases(dim, at_begin), fc1_weights(2 * D * dim, at_begin),
+        fc1_biases(2 * D, at_begin), conv_weights(C * taps, at_begin), conv_biases(C, at_begin),
+        fc2_weights(dim * D, at_begin), fc2_biases(dim, at_begin), scales(dim, at_begin);
+    unpack_elsewhere([&] {
+      cpu::unpack_block(
+          block.shape, format, packed.data(),
+          {norm_weights.floats(), norm_biases.floats(), fc1_weights.floats(), fc1_biases.floats(),
+           conv_weights.floats(), conv_biases.floats(), fc2_weights.floats(), fc2_biases.floats(), scales.floats()});
+    });
+    const bool bf16 = format.element_bytes == 2;
+    norm_weights.check(norm_weight, 1);
+    norm_biases.check(norm_bias, 0);
+    fc1_weights.check(fc1_weight, 0, bf16);
+    fc1_biases.check(fc1_bias, 0);
+    conv_weights.check(conv_weight, 0);
+    conv_biases.check(conv_bias, 0);
+    fc2_weights.check(fc2_weight, 0, bf16);
+    fc2_biases.check(fc2_bias, 0);
+    scales.check(scale, 1);
+  }
   block.N = call.N;
   block.H = call.H;
   block.W = call.W;
@@ -227,9 +284,22 @@ void run_downsample(const Call& call) {
                       static_cast<DType>(call.multiplied)};
   if (!cpu::downsample_supports(downsample.shape.multiplied)) fail("no downsampling multiplies this dtype here");
   const Input x(at_begin), weight(at_begin), bias(at_begin), norm_weight(at_begin), norm_bias(at_begin);
-  const Memory packed(cpu::downsample_pack_bytes(downsample.shape), at_begin, 64);
+  const cpu::PackedFormat format = cpu::downsample_packed_format(downsample.shape);
+  const Memory packed(cpu::downsample_packed_bytes(downsample.shape, format), at_begin, 64);
   cpu::pack_downsample(downsample.shape, {weight.floats(), bias.floats(), norm_weight.floats(), norm_bias.floats()},
                        packed.data());
+  {
+    const Unpacked weights(call.D * call.dim * 9, at_begin), biases(call.D, at_begin), norm_weights(call.D, at_begin),
+        norm_biases(call.D, at_begin);
+    unpack_elsewhere([&] {
+      cpu::unpack_downsample(downsample.shape, format, packed.data(),
+                             {weights.floats(), biases.floats(), norm_weights.floats(), norm_biases.floats()});
+    });
+    weights.check(weight, 0, format.element_bytes == 2);
+    biases.check(bias, 0);
+    norm_weights.check(norm_weight, 1);
+    norm_biases.check(norm_bias, 0);
+  }
   downsample.N = call.N;
   downsample.H = call.H;
   downsample.W = call.W;
