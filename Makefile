@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+NATIVE := $(wildcard $(foreach depth,* */* */*/*,$(addprefix csrc/$(depth),.h .cpp .cu .cuh .txt)))
 BENCH_OUT ?= benchmarks/results
 CPP := '*.h' '*.cpp' '*.cu' '*.cuh'
 

@@ -13,13 +13,14 @@
 #include <vector>
 
 #include "bindings_common.h"
-#include "cpu/gated_cnn_block_cpu.h"
+#include "cpu/gated_cnn_block/arguments.h"
+#include "cpu/gated_dwconv/arguments.h"
+#include "cpu/isa.h"
+#include "cpu/peak/arguments.h"
 #include "snapshot.h"
 
 namespace mambaout_kernels {
 namespace {
-
-constexpr int kMaxFilter = 31;
 
 void check_parameter(const Tensor& tensor, DType activations, const char* name) {
   check_cpu(tensor, name);
@@ -34,7 +35,7 @@ GatedDwconvShape checked_shape(const Tensor& u, const Tensor& weight, const Tens
   check_cpu(u, "u");
   STD_TORCH_CHECK(u.dim() == 4 && u.size(3) % 2 == 0, "u must be (N, H, W, 2 * hidden)");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
-                      weight.size(2) % 2 == 1 && weight.size(2) <= kMaxFilter,
+                      weight.size(2) % 2 == 1 && weight.size(2) <= kMaxKernelSize,
                   "weight must be (conv_channels, 1, K, K) with K odd, 1 to 31");
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), "bias must be (conv_channels,)");
   STD_TORCH_CHECK(weight.size(0) <= u.size(3) / 2, "weight must have at most hidden channels");

@@ -1,7 +1,7 @@
 // The whole block on the CPU, for inference.
 #include "bindings_common.h"
 #include "bindings_pack.h"
-#include "cpu/gated_cnn_block_cpu.h"
+#include "cpu/gated_cnn_block/arguments.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -16,7 +16,7 @@ GatedCnnBlockShape shape_of(const Tensor& fc1_weight, const Tensor& conv_weight,
   STD_TORCH_CHECK(fc1_weight.dim() == 2 && fc1_weight.size(0) % 2 == 0 && fc1_weight.numel() > 0,
                   "fc1_weight must be (2 * hidden, dim)");
   STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(1) == 1 && conv_weight.size(2) == conv_weight.size(3) &&
-                      conv_weight.size(2) % 2 == 1 && conv_weight.size(2) <= 31,
+                      conv_weight.size(2) % 2 == 1 && conv_weight.size(2) <= kMaxKernelSize,
                   "conv_weight must be (conv_channels, 1, K, K) with K odd, 1 to 31");
   GatedCnnBlockShape shape{};
   shape.dim = fc1_weight.size(1);

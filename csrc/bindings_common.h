@@ -15,7 +15,8 @@
 #include <memory>
 #include <new>
 
-#include "cpu/gated_dwconv_cpu.h"
+#include "cpu/parallel_for.h"
+#include "gated_dwconv.h"
 
 namespace mambaout_kernels {
 namespace {

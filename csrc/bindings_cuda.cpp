@@ -31,7 +31,7 @@ GatedDwconvShape checked_shape(const Tensor& u, const Tensor& weight, const Tens
   STD_TORCH_CHECK(u.is_cuda(), "u must be on a CUDA device");
   STD_TORCH_CHECK(u.dim() == 4 && u.size(3) % 2 == 0, "u must be (N, H, W, 2 * hidden)");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
-                      weight.size(2) % 2 == 1 && weight.size(2) <= 31,
+                      weight.size(2) % 2 == 1 && weight.size(2) <= kMaxKernelSize,
                   "weight must be (conv_channels, 1, K, K) with K odd, 1 to 31");
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), "bias must be (conv_channels,)");
   STD_TORCH_CHECK(weight.size(0) <= u.size(3) / 2, "weight must have at most hidden channels");

@@ -1,7 +1,7 @@
 // The downsampling on the CPU, for inference.
 #include "bindings_common.h"
 #include "bindings_pack.h"
-#include "cpu/downsample_cpu.h"
+#include "cpu/conv3x3s2/arguments.h"
 
 namespace mambaout_kernels {
 namespace {

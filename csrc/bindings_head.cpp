@@ -1,6 +1,6 @@
 // A classifier's head on the CPU, for inference.
 #include "bindings_common.h"
-#include "cpu/head_cpu.h"
+#include "cpu/head/arguments.h"
 
 namespace mambaout_kernels {
 namespace {

@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "bindings_common.h"
-#include "cpu/matmul_cpu.h"
+#include "cpu/linear/arguments.h"
 
 namespace mambaout_kernels {
 namespace {

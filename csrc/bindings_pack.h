@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bindings_common.h"
-#include "cpu/packed_format.h"
+#include "cpu/gemm/packed_format.h"
 
 namespace mambaout_kernels {
 namespace {

@@ -13,6 +13,8 @@ enum class Act : int { kGelu = 0, kGeluTanh = 1, kSilu = 2, kIdentity = 3 };
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+constexpr int kMaxKernelSize = 31;
+
 // Strides are in elements; the channel stride is always 1.
 struct NhwcView {
   const void* data;
@@ -23,7 +25,7 @@ struct GatedDwconvShape {
   std::int64_t N, H, W;
   std::int64_t D;  // hidden
   std::int64_t C;  // conv_channels, 0 <= C <= D
-  int K;           // odd filter size, 1 .. 31
+  int K;           // odd filter size, 1 .. kMaxKernelSize
   Act act;
   DType dtype;         // of u, y, dy, du
   DType weight_dtype;  // of weight, dweight: dtype, or kFloat32

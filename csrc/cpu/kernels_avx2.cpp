@@ -1,7 +1,7 @@
 // clang-format off
-#include "vec_avx2.h"
-#include "activations.h"
-#include "conv_rows.h"
+#include "simd/vec_avx2.h"
+#include "simd/activations.h"
+#include "gated_dwconv/conv_rows.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
@@ -18,22 +18,22 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 }  // namespace mambaout_kernels::cpu
 
 // clang-format off
-#include "kernel_body.h"
-#include "forward_body.h"
-#include "backward_body.h"
+#include "gated_dwconv/body.h"
+#include "gated_dwconv/forward_body.h"
+#include "gated_dwconv/backward_body.h"
 #include "layer_norm.h"
-#include "gemm_tile.h"
-#include "block_body.h"
-#include "downsample_body.h"
-#include "dots_body.h"
-#include "matmul_body.h"
-#include "head_body.h"
-#include "peak_body.h"
+#include "gemm/fp32_gemm.h"
+#include "gated_cnn_block/body.h"
+#include "conv3x3s2/body.h"
+#include "linear/gemm_nt_body.h"
+#include "linear/gemm_body.h"
+#include "head/body.h"
+#include "peak/body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
 
-const Kernels* kernels_avx2(DType dtype) {
+const Kernels* Kernels::avx2(DType dtype) {
   static constexpr Kernels kFloat32 = kernels_for<float>();
   static constexpr Kernels kBFloat16 = kernels_for<BFloat16>();
   static constexpr Kernels kFloat16 = kernels_for<Float16>();
@@ -45,18 +45,18 @@ const Kernels* kernels_avx2(DType dtype) {
   }
 }
 
-const BlockKernels* block_kernels_avx2(DType multiplied, DType io) {
+const BlockKernels* BlockKernels::avx2(DType multiplied, DType io) {
   return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products>(io) : nullptr;
 }
 
-const DownsampleKernels* downsample_kernels_avx2(DType multiplied, DType in, DType out) {
+const DownsampleKernels* DownsampleKernels::avx2(DType multiplied, DType in, DType out) {
   return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products>(in, out) : nullptr;
 }
 
-const MatmulKernels* matmul_kernels_avx2() { return &kMatmulKernels; }
+const MatmulKernels* MatmulKernels::avx2() { return &kMatmulKernels; }
 
-const HeadKernels* head_kernels_avx2() { return &kHeadKernels; }
+const HeadKernels* HeadKernels::avx2() { return &kHeadKernels; }
 
-const PeakKernel* peak_avx2(DType multiplied) { return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr; }
+const PeakKernel* PeakKernel::avx2(DType multiplied) { return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr; }
 
 }  // namespace mambaout_kernels::cpu

@@ -1,7 +1,7 @@
 // clang-format off
-#include "vec_avx512.h"
-#include "activations.h"
-#include "conv_rows.h"
+#include "simd/vec_avx512.h"
+#include "simd/activations.h"
+#include "gated_dwconv/conv_rows.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
@@ -18,21 +18,23 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 }  // namespace mambaout_kernels::cpu
 
 // clang-format off
-#include "kernel_body.h"
-#include "forward_body.h"
-#include "backward_body.h"
-#include "bf16_pairs.h"
+#include "gated_dwconv/body.h"
+#include "gated_dwconv/forward_body.h"
+#include "gated_dwconv/backward_body.h"
+#include "gated_dwconv/bf16_pairs.h"
 #include "layer_norm.h"
-#include "gemm_tile.h"
-#include "bf16_products.h"
-#include "block_body.h"
-#include "downsample_body.h"
-#include "peak_body.h"
+#include "gemm/fp32_gemm.h"
+#include "gemm/bf16_gemm.h"
+#include "gated_cnn_block/body.h"
+#include "conv3x3s2/body.h"
+#include "head/kernels.h"
+#include "linear/kernels.h"
+#include "peak/body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
 
-const Kernels* kernels_avx512_bf16(DType dtype) {
+const Kernels* Kernels::avx512_bf16(DType dtype) {
   static constexpr Kernels kBFloat16 = [] {
     Kernels kernels = kernels_for<BFloat16>();
     kernels.forward_pairs = forward_any<BFloat16, Bf16PairConvolution>;
@@ -41,14 +43,20 @@ const Kernels* kernels_avx512_bf16(DType dtype) {
   return dtype == DType::kBFloat16 ? &kBFloat16 : nullptr;
 }
 
-const BlockKernels* block_kernels_avx512_bf16(DType multiplied, DType io) {
+const BlockKernels* BlockKernels::avx512_bf16(DType multiplied, DType io) {
   return multiplied == DType::kBFloat16 ? block_kernels_for<Bf16Products>(io) : nullptr;
 }
 
-const DownsampleKernels* downsample_kernels_avx512_bf16(DType multiplied, DType in, DType out) {
+const DownsampleKernels* DownsampleKernels::avx512_bf16(DType multiplied, DType in, DType out) {
   return multiplied == DType::kBFloat16 ? downsample_kernels_for<Bf16Products>(in, out) : nullptr;
 }
 
-const PeakKernel* peak_avx512_bf16(DType multiplied) { return multiplied == DType::kBFloat16 ? &kPeakBf16 : nullptr; }
+const MatmulKernels* MatmulKernels::avx512_bf16() { return nullptr; }
+
+const HeadKernels* HeadKernels::avx512_bf16() { return nullptr; }
+
+const PeakKernel* PeakKernel::avx512_bf16(DType multiplied) {
+  return multiplied == DType::kBFloat16 ? &kPeakBf16 : nullptr;
+}
 
 }  // namespace mambaout_kernels::cpu

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "gated_dwconv_cpu.h"
+#include "parallel_for.h"
 
 namespace mambaout_kernels::cpu {
 

@@ -13,12 +13,13 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/convert.h"
-#include "../../csrc/cpu/downsample_cpu.h"
-#include "../../csrc/cpu/gated_cnn_block_cpu.h"
-#include "../../csrc/cpu/gated_dwconv_cpu.h"
-#include "../../csrc/cpu/head_cpu.h"
-#include "../../csrc/cpu/matmul_cpu.h"
+#include "../../csrc/cpu/conv3x3s2/arguments.h"
+#include "../../csrc/cpu/gated_cnn_block/arguments.h"
+#include "../../csrc/cpu/gated_dwconv/arguments.h"
+#include "../../csrc/cpu/head/arguments.h"
+#include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/linear/arguments.h"
+#include "../../csrc/cpu/simd/convert.h"
 
 namespace {
 

@@ -1,0 +1,67 @@
+// The launch interface of what stands between the stages, for inference: plain data, no torch.
+//
+//   out = act(layer_norm(bias + conv_3x3(x))),  stride 2, zero padding of 1    (N, ceil(H / 2), ceil(W / 2),
+//   out_channels)
+#pragma once
+
+#include <cstdint>
+
+#include "../../gated_dwconv.h"
+#include "../gemm/packed_format.h"
+#include "../parallel_for.h"
+
+namespace mambaout_kernels {
+
+struct DownsampleShape {
+  std::int64_t in_channels, out_channels;
+  bool normed;
+  Act act;
+  float eps;         // of the norm
+  DType multiplied;  // what the matrix products multiply: kFloat32, or kBFloat16; sums are fp32
+};
+
+// The parameters, each contiguous and fp32.
+template <typename Float>
+struct DownsampleParametersOf {
+  Float *weight, *bias;            // (out_channels, in_channels, 3, 3), (out_channels,)
+  Float *norm_weight, *norm_bias;  // (out_channels,)
+};
+// To pack; a null bias, norm_weight or norm_bias is left out.
+using DownsampleParameters = DownsampleParametersOf<const float>;
+// To unpack to; none is null.
+using MutableDownsampleParameters = DownsampleParametersOf<float>;
+
+struct DownsampleCall {
+  DownsampleShape shape;
+  std::int64_t N, H, W;       // of x
+  DType in_dtype, out_dtype;  // kFloat32 or kBFloat16
+  NhwcView x;
+  std::int64_t x_stride_c;
+  const void* packed;  // what pack_downsample wrote, 64-byte aligned
+  void* out;           // contiguous
+
+  std::int64_t out_height() const { return (H + 1) / 2; }
+  std::int64_t out_width() const { return (W + 1) / 2; }
+};
+
+}  // namespace mambaout_kernels
+
+namespace mambaout_kernels::cpu {
+
+// Whether the instruction set in use multiplies this dtype: fp32 always, bf16 with avx512_bf16.
+bool downsample_supports(DType multiplied);
+
+// Parameters are packed in the format of the instruction set in use; a call reads that format only, and the caller
+// compares. A pack of any of kPackedFormats can be unpacked: what is left out was packed as 1 (weights of the norm)
+// or 0, and bf16 panels give back what they were rounded to. Packed memory is 64-byte aligned.
+PackedFormat downsample_packed_format(const DownsampleShape& shape);
+std::int64_t downsample_packed_bytes(const DownsampleShape& shape, PackedFormat format);
+void pack_downsample(const DownsampleShape& shape, const DownsampleParameters& parameters, void* packed);
+void unpack_downsample(const DownsampleShape& shape, PackedFormat format, const void* packed,
+                       const MutableDownsampleParameters& parameters);
+
+// Scratch memory in bytes, any alignment.
+std::int64_t downsample_workspace_bytes(const DownsampleCall& call, int num_threads);
+void downsample_forward(const DownsampleCall& call, int num_threads, void* workspace, ParallelFor parallel_for);
+
+}  // namespace mambaout_kernels::cpu

@@ -1,0 +1,207 @@
+// The downsampling over one task, written once for every instruction set. Needs layer_norm.h and gemm_tile.h before it.
+//
+// The three pixels of x that a row of the filter covers are neighbours in memory, and so are, two pixels on, those of
+// the next output: a matrix product of depth 3 * channels on x as it lies, for each of the filter's three rows.
+#pragma once
+
+#include "kernels.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+// One number: a vector's masks cost more, where the channels of a pixel lie apart.
+template <typename To>
+inline To as(To x) {
+  return x;
+}
+template <typename To>
+  requires(sizeof(To) == 4)
+inline To as(BFloat16 x) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16);
+}
+template <typename To>
+  requires(sizeof(To) == 2)
+inline To as(float x) {  // to nearest even; NaN stays NaN
+  const auto bits = __builtin_bit_cast(std::uint32_t, x);
+  return {static_cast<std::uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <typename In, typename Out, typename Products>
+class DownsampleRunner {
+  using Element = typename Products::Element;
+  static constexpr int L = Vec::kLanes, kColumns = 2 * L;
+
+ public:
+  explicit DownsampleRunner(const DownsampleTask& task)
+      : task_(task),
+        call_(*task.call),
+        at_(*task.at),
+        width_(call_.out_width()),
+        window_(downsample_window(call_, at_, sizeof(Element), task.h1 - task.h0)),
+        x_(static_cast<Element*>(part(window_.x))),
+        sums_(static_cast<float*>(part(window_.sums))),
+        tile_(static_cast<float*>(part(window_.tile))),
+        patches_(static_cast<Element*>(part(window_.patches))) {}
+
+  void run() const {
+    if (few_channels()) {
+      for (std::int64_t h = task_.h0; h < task_.h1; ++h) gather_patches(h);
+    } else {
+      const std::int64_t first = 2 * task_.h0 - 1, last = 2 * task_.h1;  // rows of x
+      for (std::int64_t h = first; h < last; ++h) {
+        if (h >= 0 && h < call_.H) copy_row(h, x_ + (h - first) * window_.row);
+      }
+    }
+    for (std::int64_t j = 0; j < at_.out; j += kColumns) {
+      for (std::int64_t h = task_.h0; h < task_.h1; ++h) multiply_row(h, j);
+    }
+    finish();
+  }
+
+ private:
+  void* part(std::int64_t offset) const { return static_cast<char*>(task_.window) + offset; }
+  template <typename T>
+  const T* packed(std::int64_t offset) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(call_.packed) + offset);
+  }
+
+  bool few_channels() const { return window_.patches > 0; }
+
+  // Row h of x, as multiplied, between a pixel of zeros on each side.
+  void copy_row(std::int64_t h, Element* to) const {
+    const std::int64_t channels = call_.shape.in_channels;
+    const auto* from = static_cast<const In*>(call_.x.data) + task_.n * call_.x.stride_n + h * call_.x.stride_h;
+    const auto clear = [](Element* begin, std::int64_t count) { __builtin_memset(begin, 0, count * sizeof(Element)); };
+    clear(to, at_.channels);
+    to += at_.channels;
+    for (std::int64_t w = 0; w < call_.W; ++w, to += at_.channels, from += call_.x.stride_w) {
+      if (call_.x_stride_c == 1) {
+        for_each_vector<L>(
+            channels, [&](std::int64_t c, int lanes) { store_lanes(to + c, load_lanes<Vec>(from + c, lanes), lanes); });
+      } else {
+        for (std::int64_t c = 0; c < channels; ++c) to[c] = as<Element>(from[c * call_.x_stride_c]);
+      }
+      clear(to + channels, at_.channels - channels);
+    }
+    clear(to, window_.row - (call_.W + 1) * at_.channels);
+  }
+
+  // Row h of the sums, columns [j, j + kColumns).
+  void multiply_row(std::int64_t h, std::int64_t j) const {
+    const char* panel = packed<char>(at_.panels) + j / kColumns * at_.panel;
+    const std::int64_t depth = 3 * at_.channels;
+    const float* bias = packed<float>(at_.bias) + j;
+    const Vec bias0 = load(bias), bias1 = load(bias + L);
+    for_each_gemm_tile<Products::kRows>(0, width_, [&](auto rows, std::int64_t w) {
+      constexpr int kTileRows = decltype(rows)::value;
+      if (few_channels()) {
+        const Ahead ahead = {panel + at_.panel, at_.panel / (3 * depth / Products::kTermsOfStep)};
+        const Element* patches = patches_ + ((h - task_.h0) * width_ + w) * 3 * depth;
+        Products::template tile<kTileRows>(patches, 3 * depth, panel, 3 * depth, tile_, ahead);
+      } else {
+        multiply_filter_rows<kTileRows>(h, w, panel);
+      }
+      float* to = sums_ + ((h - task_.h0) * width_ + w) * at_.out + j;
+      for (int r = 0; r < kTileRows; ++r, to += at_.out) {
+        store(to, load(tile_ + r * kColumns) + bias0);
+        store(to + L, load(tile_ + r * kColumns + L) + bias1);
+      }
+    });
+  }
+
+  template <int kTileRows>
+  void multiply_filter_rows(std::int64_t h, std::int64_t w, const char* panel) const {
+    const std::int64_t depth = 3 * at_.channels, row_bytes = at_.panel / 3;
+    bool first = true;
+    for (int kh = 0; kh < 3; ++kh) {
+      const std::int64_t from = 2 * h + kh - 1;
+      if (from < 0 || from >= call_.H) continue;
+      const Element* a = x_ + (from - (2 * task_.h0 - 1)) * window_.row + 2 * w * at_.channels;
+      const Ahead ahead = {panel + at_.panel + kh * row_bytes, row_bytes / (depth / Products::kTermsOfStep)};
+      const auto multiply = first ? Products::template tile<kTileRows> : Products::template tile<kTileRows, true>;
+      multiply(a, 2 * at_.channels, panel + kh * row_bytes, depth, tile_, ahead);
+      first = false;
+    }
+  }
+
+  // What the filter covers at each output of row h, side by side and as multiplied: of few channels, three short
+  // products cost more than this copy.
+  void gather_patches(std::int64_t h) const {
+    const std::int64_t channels = at_.channels, depth = 9 * channels, step = 2 * call_.x.stride_w;
+    const auto* image = static_cast<const In*>(call_.x.data) + task_.n * call_.x.stride_n;
+    Element* patches = patches_ + (h - task_.h0) * width_ * depth;
+    for (std::int64_t k = 0; k < depth; ++k) {
+      const std::int64_t c = k % channels, column = k / channels % 3 - 1, row = 2 * h + k / channels / 3 - 1;
+      const bool inside = c < call_.shape.in_channels && row >= 0 && row < call_.H;
+      // The outputs w with 2 * w + column a column of x.
+      const std::int64_t begin = column < 0 ? 1 : 0, end = inside ? smaller(width_, (call_.W + 1 - column) / 2) : 0;
+      const std::int64_t from = row * call_.x.stride_h + column * call_.x.stride_w + c * call_.x_stride_c;
+      gather(image + (begin < end ? from + begin * step : 0), step, begin, end, patches + k, depth);
+    }
+  }
+
+  // Of every output, to[.. * to_step]: those in [begin, end) from `from` on, zero the others.
+  [[gnu::noinline]] void gather(const In* from, std::int64_t step, std::int64_t begin, std::int64_t end, Element* to,
+                                std::int64_t to_step) const {
+    std::int64_t w = 0;
+    for (; w < begin; ++w, to += to_step) *to = Element{};
+    for (; w < end; ++w, to += to_step, from += step) *to = as<Element>(*from);
+    for (; w < width_; ++w, to += to_step) *to = Element{};
+  }
+
+  void finish() const {
+    const std::int64_t pixels = (task_.h1 - task_.h0) * width_, channels = call_.shape.out_channels;
+    if (call_.shape.normed) {
+      for_each_together(pixels, [&](auto count, std::int64_t p) {
+        float* sums = sums_ + p * at_.out;
+        norm_pixels<decltype(count)::value>(sums, at_.out, channels, channels, call_.shape.eps,
+                                            packed<float>(at_.norm_weight), packed<float>(at_.norm_bias), sums,
+                                            at_.out);
+      });
+    }
+    Out* out = static_cast<Out*>(call_.out) + (task_.n * call_.out_height() + task_.h0) * width_ * channels;
+    switch (call_.shape.act) {
+      case Act::kGelu: return store_activated<Act::kGelu>(pixels, out);
+      case Act::kGeluTanh: return store_activated<Act::kGeluTanh>(pixels, out);
+      case Act::kSilu: return store_activated<Act::kSilu>(pixels, out);
+      case Act::kIdentity: return store_activated<Act::kIdentity>(pixels, out);
+    }
+  }
+  template <Act act>
+  void store_activated(std::int64_t pixels, Out* out) const {
+    const std::int64_t channels = call_.shape.out_channels;
+    for (std::int64_t p = 0; p < pixels; ++p, out += channels) {
+      const float* sums = sums_ + p * at_.out;
+      for_each_vectors<Vec>(channels, [&](std::int64_t c, auto count, int lanes) {
+        constexpr int kCount = decltype(count)::value;
+        store_several(out + c, GateOf<act, Out>::value(load_several<kCount, Vec>(sums + c, lanes)), lanes);
+      });
+    }
+  }
+
+  const DownsampleTask& task_;
+  const DownsampleCall& call_;
+  const DownsamplePack& at_;
+  const std::int64_t width_;
+  const DownsampleWindow window_;
+  Element* x_;
+  float *sums_, *tile_;
+  Element* patches_;
+};
+
+template <typename In, typename Out, typename Products>
+void run_downsample(const DownsampleTask& task) {
+  DownsampleRunner<In, Out, Products>(task).run();
+}
+
+template <typename Products>
+const DownsampleKernels* downsample_kernels_for(DType in, DType out) {
+  constexpr PackedFormat kFormat = {Vec::kLanes, sizeof(typename Products::Element)};
+  static constexpr DownsampleKernels kKernels[2][2] = {
+      {{kFormat, run_downsample<float, float, Products>}, {kFormat, run_downsample<float, BFloat16, Products>}},
+      {{kFormat, run_downsample<BFloat16, float, Products>}, {kFormat, run_downsample<BFloat16, BFloat16, Products>}}};
+  return &kKernels[in == DType::kBFloat16][out == DType::kBFloat16];
+}
+
+}  // namespace
+}  // namespace mambaout_kernels::cpu

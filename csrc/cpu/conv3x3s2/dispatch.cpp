@@ -1,0 +1,134 @@
+// The downsampling: packing of its parameters, the cut of a call into tasks, and which instruction set runs them.
+#include <algorithm>
+#include <cstring>
+
+#include "../gemm/packing.h"
+#include "../select_kernels.h"
+#include "../tasks.h"
+#include "arguments.h"
+#include "kernels.h"
+
+namespace mambaout_kernels::cpu {
+namespace {
+
+// The most pixels of a task: as many as let the panels of weights, streamed from L2 or L3 once per task, cost little.
+constexpr std::int64_t kTaskPixels = 112;
+// Up to so many, the filter's nine pixels are multiplied in one product.
+constexpr std::int64_t kFewChannels = 8;
+// Of the rows of x in one task.
+constexpr std::int64_t kWindowBytes = 448 * 1024;
+
+const DownsampleKernels* kernels_of(const DownsampleShape& shape) {
+  return select_kernels<DownsampleKernels>(shape.multiplied, DType::kFloat32, DType::kFloat32);
+}
+
+DownsamplePack lay_out(const DownsampleShape& shape, PackedFormat format) {
+  DownsamplePack at;
+  at.columns = 2 * format.lanes;
+  at.channels = format.element_bytes == 2 ? ceil_div(shape.in_channels, 2) * 2 : shape.in_channels;
+  at.out = ceil_div(shape.out_channels, at.columns) * at.columns;
+  at.panel = 9 * at.channels * at.columns * format.element_bytes;
+  at.panels = 0;
+  at.bias = at.panels + at.out / at.columns * at.panel;
+  at.norm_weight = at.bias + at.out * 4;
+  at.norm_bias = at.norm_weight + at.out * 4;
+  at.total = at.norm_bias + at.out * 4;
+  return at;
+}
+
+// Where every parameter lies; which way it moves, PackedParameters says.
+template <typename Float>
+void move_parameters(const DownsampleShape& shape, const DownsamplePack& at, const PackedParameters<Float>& packed,
+                     const DownsampleParametersOf<Float>& parameters) {
+  packed.panels(at.panels, at.panel, shape.out_channels, 9 * at.channels, [&](std::int64_t row, std::int64_t k) {
+    const std::int64_t tap = k / at.channels, c = k % at.channels;
+    return c < shape.in_channels ? parameters.weight + (row * shape.in_channels + c) * 9 + tap : nullptr;
+  });
+  packed.vector(at.bias, parameters.bias, shape.out_channels, 0.0f);
+  packed.vector(at.norm_weight, parameters.norm_weight, shape.out_channels, 1.0f);
+  packed.vector(at.norm_bias, parameters.norm_bias, shape.out_channels, 0.0f);
+}
+
+// Into how many strips of rows an image is cut.
+std::int64_t strips_of(const DownsampleCall& call, const DownsamplePack& at, int element_bytes, int num_threads) {
+  const std::int64_t height = call.out_height(), row_bytes = (call.W + 3) * at.channels * element_bytes;
+  const std::int64_t fitting = std::max<std::int64_t>(1, (kWindowBytes / row_bytes - 1) / 2);
+  const std::int64_t most = std::max<std::int64_t>(1, kTaskPixels / std::max<std::int64_t>(1, call.out_width()));
+  // Rows until the last thread is done.
+  const auto time = [&](std::int64_t strips) {
+    return ceil_div(call.N * strips, num_threads) * ceil_div(height, strips);
+  };
+  std::int64_t best = ceil_div(height, std::min({fitting, most, height}));
+  const std::int64_t last = std::min<std::int64_t>(height, best + 2 * num_threads);
+  for (std::int64_t strips = best + 1; strips <= last; ++strips) {
+    if (time(strips) < time(best)) best = strips;
+  }
+  return best;
+}
+
+}  // namespace
+
+DownsampleWindow downsample_window(const DownsampleCall& call, const DownsamplePack& at, int element_bytes,
+                                   std::int64_t rows) {
+  DownsampleWindow w;
+  const bool few = at.channels <= kFewChannels;
+  // The last output of an odd row reads one pixel beyond the right one of zeros.
+  w.row = (call.W + 3) * at.channels;
+  w.x = 0;
+  w.sums = w.x + (few ? 0 : align_up((2 * rows + 1) * w.row * element_bytes));
+  w.tile = w.sums + align_up(rows * call.out_width() * at.out * 4);
+  w.total = w.tile + align_up(kMaxTileRows * at.columns * 4);
+  w.patches = 0;
+  if (few) {
+    w.patches = w.total;
+    w.total += align_up(rows * call.out_width() * 9 * at.channels * element_bytes);
+  }
+  return w;
+}
+
+bool downsample_supports(DType multiplied) {
+  return select_kernels<DownsampleKernels>(multiplied, DType::kFloat32, DType::kFloat32) != nullptr;
+}
+PackedFormat downsample_packed_format(const DownsampleShape& shape) { return kernels_of(shape)->format; }
+std::int64_t downsample_packed_bytes(const DownsampleShape& shape, PackedFormat format) {
+  return lay_out(shape, format).total;
+}
+
+void pack_downsample(const DownsampleShape& shape, const DownsampleParameters& parameters, void* packed) {
+  const PackedFormat format = downsample_packed_format(shape);
+  const DownsamplePack at = lay_out(shape, format);
+  std::memset(packed, 0, at.total);
+  move_parameters(shape, at, PackedParameters<const float>(format, static_cast<char*>(packed)), parameters);
+}
+
+void unpack_downsample(const DownsampleShape& shape, PackedFormat format, const void* packed,
+                       const MutableDownsampleParameters& parameters) {
+  const PackedParameters<float> from(format, static_cast<const char*>(packed));
+  move_parameters(shape, lay_out(shape, format), from, parameters);
+}
+
+std::int64_t downsample_workspace_bytes(const DownsampleCall& call, int num_threads) {
+  if (call.N * call.H * call.W == 0) return kLine;
+  const DownsampleKernels& kernels = *kernels_of(call.shape);
+  const DownsamplePack at = lay_out(call.shape, kernels.format);
+  const std::int64_t rows = ceil_div(call.out_height(), strips_of(call, at, kernels.format.element_bytes, num_threads));
+  return num_threads * downsample_window(call, at, kernels.format.element_bytes, rows).total + kLine;
+}
+
+void downsample_forward(const DownsampleCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
+  if (call.N * call.H * call.W == 0) return;
+  const DownsampleKernels& kernels =
+      *select_kernels<DownsampleKernels>(call.shape.multiplied, call.in_dtype, call.out_dtype);
+  const DownsamplePack at = lay_out(call.shape, kernels.format);
+  const std::int64_t height = call.out_height(),
+                     strips = strips_of(call, at, kernels.format.element_bytes, num_threads);
+  const std::int64_t bytes = downsample_window(call, at, kernels.format.element_bytes, ceil_div(height, strips)).total;
+  char* base = align_up(workspace);
+  run_tasks(call.N * strips, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
+    const std::int64_t strip = task % strips;
+    kernels.run({&call, &at, task / strips, part_begin(height, strips, strip), part_begin(height, strips, strip + 1),
+                 base + slot * bytes});
+  });
+}
+
+}  // namespace mambaout_kernels::cpu

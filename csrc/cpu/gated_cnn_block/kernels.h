@@ -1,0 +1,83 @@
+// The whole block: what one translation unit per instruction set offers to block_dispatch.cpp, and the layouts that
+// both know. Plain data; no template, no STL.
+#pragma once
+
+#include "../gemm/packed_format.h"
+#include "arguments.h"
+
+namespace mambaout_kernels::cpu {
+
+// Offsets in bytes into the packed parameters. A panel is [depth][columns] for `columns` output channels of a matrix,
+// multiplied in fp32; or [depth / 2][columns][2] in bf16. Channels beyond the last are zero.
+struct BlockPack {
+  std::int64_t columns;                  // of a panel: two vectors
+  std::int64_t dim, identity, conv;      // padded to whole panels
+  std::int64_t depth1, depth2;           // of fc1 and fc2, padded to pairs for bf16
+  std::int64_t panel1, panel2;           // bytes of a panel
+  std::int64_t norm_weight, norm_bias;   // [dim]
+  std::int64_t conv_panels, conv_bias1;  // fc1's conv channels
+  std::int64_t identity_panels;          // fc1's identity channels: of each panel first the gate's, then their own
+  std::int64_t identity_gate_bias, identity_bias;
+  std::int64_t gate_panels, gate_bias;       // fc1's gate of the conv channels
+  std::int64_t filter, filter_bias;          // [conv / lanes][K * K][lanes], [conv]
+  std::int64_t fc2_panels, fc2_bias, scale;  // fc2's; its depth is [identity | conv], each padded
+  std::int64_t total;
+};
+
+// One task: a rectangle of one image; where that is cut into strips of rows, first each strip's rows of the conv branch
+// that its neighbours' filters cover, then, when all of these are there, the strip. Or, where the rows are too few to
+// share out, a part of an image's channels: of all rows, first the part of y, then, when every part of y is there, the
+// part of the output.
+enum class BlockStep { kHalo, kAll, kGate, kProject };
+
+struct BlockTask {
+  const GatedCnnBlockCall* call;
+  const BlockPack* at;
+  std::int64_t n, h0, h1, w0, w1;
+  std::int64_t chunk_rows;  // worked off at a time
+  BlockStep step;
+  // The conv branch on the K / 2 rows on both sides of h0, and of h1: [conv / lanes][2 * (K / 2)][W][lanes], which two
+  // strips share. Null where none is shared.
+  float *above, *below;
+  std::int64_t part, parts;  // 0 and 1 for kHalo and kAll
+  void* y;                   // of the image, [H * W][step2], which the parts share; null for kHalo and kAll
+  void* window;              // block_window().total bytes
+};
+
+// A part of `columns`, in whole panels.
+struct PanelRange {
+  std::int64_t begin, end;
+};
+inline PanelRange panel_range(const BlockTask& task, std::int64_t columns) {
+  const std::int64_t panels = columns / task.at->columns;
+  return {panels * task.part / task.parts * task.at->columns, panels * (task.part + 1) / task.parts * task.at->columns};
+}
+
+// What a task keeps at hand; offsets in bytes.
+struct BlockWindow {
+  std::int64_t step1, step2;  // elements from pixel to pixel in `normed` and `y`
+  std::int64_t ring_rows, padded_width;
+  std::int64_t normed;  // [rows][columns of the rectangle and its halo][step1], as multiplied
+  std::int64_t ring;    // [conv / lanes of the task][ring_rows][padded_width][lanes] fp32
+  std::int64_t y;       // [pixels of a chunk][step2], as multiplied
+  std::int64_t s;       // [2][pixels of a chunk][lanes] fp32
+  std::int64_t tiles;   // 2 x [kMaxTileRows][columns] fp32
+  std::int64_t total;
+};
+
+struct BlockKernels {
+  PackedFormat format;
+  void (*run)(const BlockTask&);
+
+  // See select_kernels.h.
+  static const BlockKernels* portable(DType multiplied, DType io);
+  static const BlockKernels* avx2(DType multiplied, DType io);
+  static const BlockKernels* avx512(DType multiplied, DType io);
+  static const BlockKernels* avx512_bf16(DType multiplied, DType io);
+};
+
+// conv: the most conv channels of a task, in whole panels
+BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, PackedFormat format, std::int64_t width,
+                         std::int64_t chunk_rows, std::int64_t conv);
+
+}  // namespace mambaout_kernels::cpu

@@ -1,0 +1,12 @@
+// How fast this processor multiplies and adds.
+#pragma once
+
+#include "../../gated_dwconv.h"
+
+namespace mambaout_kernels::cpu {
+
+// Floating-point operations per second of the calling thread, measured for so many seconds: multiply-adds of the
+// instruction set in use, on registers alone. 0 where it does not multiply this dtype.
+double fma_flops(DType multiplied, double seconds);
+
+}  // namespace mambaout_kernels::cpu

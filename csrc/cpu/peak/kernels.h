@@ -1,0 +1,20 @@
+// The most multiply-adds a core does: what one translation unit per instruction set offers to peak.cpp. Plain data; no
+// template, no STL.
+#pragma once
+
+#include "../../gated_dwconv.h"
+
+namespace mambaout_kernels::cpu {
+
+struct PeakKernel {
+  std::int64_t flops;  // of one pass; a multiply-add counts as two
+  float (*run)(std::int64_t passes);
+
+  // See select_kernels.h.
+  static const PeakKernel* portable(DType multiplied);
+  static const PeakKernel* avx2(DType multiplied);
+  static const PeakKernel* avx512(DType multiplied);
+  static const PeakKernel* avx512_bf16(DType multiplied);
+};
+
+}  // namespace mambaout_kernels::cpu
