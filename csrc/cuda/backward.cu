@@ -1,7 +1,7 @@
 #include "backward.cuh"
 
-#include "any_filter.cuh"
 #include "backward_tiling.h"
+#include "generic_kernel_size.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 
@@ -69,7 +69,7 @@ void backward_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvBackward& call, void* w
     launch_kernel(gated_dwconv_bwd_kernel<Traits>, args.tiling.blocks(), Traits::threads(args.tiling),
                   Traits::shared_bytes(args.tiling), stream, args);
   });
-  if (!own) any_filter_backward(args, shape.K, stream);
+  if (!own) generic_kernel_size_backward(args, shape.K, stream);
   if (shape.C == 0) return;
   SumPartialsArgs<T> sums;
   sums.partials = args.partials;

@@ -4,7 +4,7 @@
 //
 // One pass, walking down the rows as the forward kernel does. At step `row`, from one ring in shared memory:
 //   dy[row] becomes e[row], g[row] becomes p[row] = dy * act'(g), once per pixel of the tile and its halo;
-//   e[row] is added to the sums of dc (filter turned), c[row] to those of s: row - R of both is then complete,
+//   e[row] is added to the sums of dc (filter flipped), c[row] to those of s: row - R of both is then complete,
 //   and is stored as dc and as p * s;
 //   dweight takes the pairs of rows of which one is new: e[row] with c[row-R .. row], c[row] with e[row-R .. row-1].
 // A thread keeps the filter, the sums and its strip's dweight in registers. At its end a block adds up its strips and

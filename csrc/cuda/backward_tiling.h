@@ -26,12 +26,12 @@ inline Tiling backward_tiling(int N, int H, int W, int C, int identity_packets, 
   return choose_tiling(request);
 }
 
-inline int any_filter_slots(std::int64_t pixels) {
+inline int generic_kernel_size_slots(std::int64_t pixels) {
   return static_cast<int>(std::clamp<std::int64_t>(pixels / 256, 1, 64));
 }
 
 inline int partial_slots(const GatedDwconvShape& shape) {
-  if (!has_own_kernel(shape)) return any_filter_slots(shape.N * shape.H * shape.W);
+  if (!has_own_kernel(shape)) return generic_kernel_size_slots(shape.N * shape.H * shape.W);
   const Tiling t = backward_tiling(static_cast<int>(shape.N), static_cast<int>(shape.H), static_cast<int>(shape.W),
                                    static_cast<int>(shape.C), 0, 1);
   return t.w_tiles * t.segments * t.image_groups;

@@ -45,8 +45,8 @@ struct RowSums {
   }
 
   // row(j) is the pixel j - R from the strip's first.
-  // kTurned: with the filter turned by 180 degrees, which is the gradient of the convolution.
-  template <bool kTurned, typename Row>
+  // kFlipped: with the filter rotated by 180 degrees, for the gradient of the convolution.
+  template <bool kFlipped, typename Row>
   __device__ __forceinline__ void add_row(Row row, const Values (&weight)[K * K]) {
 #pragma unroll
     for (int j = 0; j < kStrip + K - 1; ++j) {
@@ -58,7 +58,7 @@ struct RowSums {
           const int kw = j - s;
           if (kw < 0 || kw >= K) continue;
           const int tap = (K - 1 - k) * K + kw;
-          sum[k][s] = fma(value, weight[kTurned ? K * K - 1 - tap : tap], sum[k][s]);
+          sum[k][s] = fma(value, weight[kFlipped ? K * K - 1 - tap : tap], sum[k][s]);
         }
       }
     }

@@ -1,6 +1,6 @@
 #include "forward.cuh"
 
-#include "any_filter.cuh"
+#include "generic_kernel_size.cuh"
 #include "launch.cuh"
 
 namespace mambaout_kernels::cuda {
@@ -74,7 +74,7 @@ void forward_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvForward& call, const Dev
     launch_kernel(gated_dwconv_fwd_kernel<Traits>, args.tiling.blocks(), Traits::threads(args.tiling),
                   Traits::shared_bytes(args.tiling), stream, args);
   });
-  if (!own) any_filter_forward(args, shape.K, stream);
+  if (!own) generic_kernel_size_forward(args, shape.K, stream);
 }
 
 template <>

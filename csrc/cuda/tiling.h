@@ -1,4 +1,4 @@
-// How a launch is cut into blocks: decided here, on the host; what a block does with its part is the kernels'.
+// The partition of a launch into blocks of threads: decided here, on the host. What a block computes is the kernels'.
 //
 // Channels come in chunks of 32, columns in strips. One group of threads (a warp, or half of one where each thread has
 // two channels) convolves one strip of one chunk, walking down the rows of a segment, image after image. A block has

@@ -1,4 +1,4 @@
-// Any odd filter size, and one channel of one pixel to a thread: for sizes that have no kernel of their own.
+// Any odd kernel size, one channel of one pixel to a thread: for sizes without a kernel of their own.
 #pragma once
 
 #include "backward.cuh"
@@ -7,17 +7,18 @@
 
 namespace mambaout_kernels::cuda {
 
-constexpr int kAnyThreads = 256;
+constexpr int kGenericThreads = 256;
 
 template <typename T>
-struct AnyFilterForward {
+struct GenericKernelSizeForward {
   ForwardArgs<T> args;
   int K;
   int row_blocks;  // of threads for one row of pixels
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kAnyThreads, 2) any_filter_fwd_kernel(const AnyFilterForward<T> call) {
+__global__ void __launch_bounds__(kGenericThreads, 2)
+    generic_kernel_size_fwd_kernel(const GenericKernelSizeForward<T> call) {
   const ForwardArgs<T>& args = call.args;
   const int K = call.K, R = K / 2, H = args.H, W = args.W, D = args.D, C = args.C;
   const unsigned row = blockIdx.x / call.row_blocks, index = blockIdx.x % call.row_blocks * blockDim.x + threadIdx.x;
@@ -46,14 +47,14 @@ __global__ void __launch_bounds__(kAnyThreads, 2) any_filter_fwd_kernel(const An
 }
 
 template <typename T>
-void any_filter_forward(const ForwardArgs<T>& args, int K, cudaStream_t stream) {
-  const int row_blocks = ceil_div(static_cast<std::int64_t>(args.W) * args.D, kAnyThreads);
-  launch_kernel(any_filter_fwd_kernel<T>, static_cast<std::int64_t>(args.N) * args.H * row_blocks, kAnyThreads, 0,
-                stream, AnyFilterForward<T>{args, K, row_blocks});
+void generic_kernel_size_forward(const ForwardArgs<T>& args, int K, cudaStream_t stream) {
+  const int row_blocks = ceil_div(static_cast<std::int64_t>(args.W) * args.D, kGenericThreads);
+  launch_kernel(generic_kernel_size_fwd_kernel<T>, static_cast<std::int64_t>(args.N) * args.H * row_blocks,
+                kGenericThreads, 0, stream, GenericKernelSizeForward<T>{args, K, row_blocks});
 }
 
 template <typename T>
-struct AnyFilterBackward {
+struct GenericKernelSizeBackward {
   BackwardArgs<T> args;
   int K;
   int row_blocks;
@@ -69,7 +70,8 @@ __device__ __forceinline__ float gated_gradient(Gate gate, const BackwardArgs<T>
 
 // du; one channel of one pixel to a thread.
 template <typename T>
-__global__ void __launch_bounds__(kAnyThreads, 2) any_filter_bwd_kernel(const AnyFilterBackward<T> call) {
+__global__ void __launch_bounds__(kGenericThreads, 2)
+    generic_kernel_size_bwd_kernel(const GenericKernelSizeBackward<T> call) {
   const BackwardArgs<T>& args = call.args;
   const int K = call.K, R = K / 2, H = args.H, W = args.W, D = args.D, C = args.C;
   const unsigned row = blockIdx.x / call.row_blocks, index = blockIdx.x % call.row_blocks * blockDim.x + threadIdx.x;
@@ -110,11 +112,12 @@ __global__ void __launch_bounds__(kAnyThreads, 2) any_filter_bwd_kernel(const An
   });
 }
 
-constexpr int kAnyRows = 8;  // parts of a slot's pixels
+constexpr int kGenericRows = 8;  // parts of a slot's pixels
 
 // Partial sums of dweight and dbias; one tap of a chunk of channels and one slot of pixels to a block.
 template <typename T>
-__global__ void __launch_bounds__(kChunk* kAnyRows) any_filter_dweight_kernel(const AnyFilterBackward<T> call) {
+__global__ void __launch_bounds__(kChunk* kGenericRows)
+    generic_kernel_size_dweight_kernel(const GenericKernelSizeBackward<T> call) {
   const BackwardArgs<T>& args = call.args;
   const int K = call.K, R = K / 2, taps = K * K + 1, H = args.H, W = args.W, D = args.D, C = args.C;
   const int chunks = call.chunks, lane = threadIdx.x % kChunk, row = threadIdx.x / kChunk;
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(kChunk* kAnyRows) any_filter_dweight_kernel(co
   if (c < C) {
     with_gate<T>(args.act, [&](auto gate) {
       const unsigned end = min(begin + call.slot_pixels, pixels);
-      for (unsigned pixel = begin + row; pixel < end; pixel += kAnyRows) {
+      for (unsigned pixel = begin + row; pixel < end; pixel += kGenericRows) {
         const int w = static_cast<int>(pixel % W) + dw, h = static_cast<int>(pixel / W % H) + dh;
         if (w < 0 || w >= W || h < 0 || h >= H) continue;
         const T* const x = args.u + (static_cast<std::int64_t>(pixel) + dh * W + dw) * args.u_pitch + D + d;
@@ -138,21 +141,22 @@ __global__ void __launch_bounds__(kChunk* kAnyRows) any_filter_dweight_kernel(co
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (row != 0 || c >= C) return;
-  for (int r = 1; r < kAnyRows; ++r) sum += sums[r * kChunk + lane];
+  for (int r = 1; r < kGenericRows; ++r) sum += sums[r * kChunk + lane];
   args.partials[(static_cast<std::int64_t>(slot) * taps + tap) * C + c] = sum;
 }
 
 template <typename T>
-void any_filter_backward(const BackwardArgs<T>& args, int K, cudaStream_t stream) {
+void generic_kernel_size_backward(const BackwardArgs<T>& args, int K, cudaStream_t stream) {
   const std::int64_t rows = static_cast<std::int64_t>(args.N) * args.H, pixels = rows * args.W;
-  AnyFilterBackward<T> call{args, K};
-  call.row_blocks = ceil_div(static_cast<std::int64_t>(args.W) * args.D, kAnyThreads);
-  call.slots = any_filter_slots(pixels);
+  GenericKernelSizeBackward<T> call{args, K};
+  call.row_blocks = ceil_div(static_cast<std::int64_t>(args.W) * args.D, kGenericThreads);
+  call.slots = generic_kernel_size_slots(pixels);
   call.slot_pixels = ceil_div(pixels, call.slots);
   call.chunks = ceil_div(args.C, kChunk);
-  launch_kernel(any_filter_bwd_kernel<T>, rows * call.row_blocks, kAnyThreads, 0, stream, call);
-  launch_kernel(any_filter_dweight_kernel<T>, static_cast<std::int64_t>(call.slots) * (K * K + 1) * call.chunks,
-                kChunk * kAnyRows, kChunk * kAnyRows * 4, stream, call);
+  launch_kernel(generic_kernel_size_bwd_kernel<T>, rows * call.row_blocks, kGenericThreads, 0, stream, call);
+  launch_kernel(generic_kernel_size_dweight_kernel<T>,
+                static_cast<std::int64_t>(call.slots) * (K * K + 1) * call.chunks, kChunk * kGenericRows,
+                kChunk * kGenericRows * 4, stream, call);
 }
 
 }  // namespace mambaout_kernels::cuda
