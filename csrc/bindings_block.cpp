@@ -23,9 +23,9 @@ GatedCnnBlockShape shape_of(const Tensor& fc1_weight, const Tensor& conv_weight,
   shape.D = fc1_weight.size(0) / 2;
   shape.C = conv_weight.size(0);
   shape.K = static_cast<int>(conv_weight.size(2));
-  shape.multiplied = bf16 ? DType::kBFloat16 : DType::kFloat32;
+  shape.compute_dtype = bf16 ? DType::kBFloat16 : DType::kFloat32;
   STD_TORCH_CHECK(shape.C <= shape.D, "conv_weight must have at most hidden channels");
-  STD_TORCH_CHECK(cpu::block_supports(shape.multiplied), "this processor multiplies no bfloat16");
+  STD_TORCH_CHECK(cpu::block_supports(shape.compute_dtype), "this processor multiplies no bfloat16");
   return shape;
 }
 
@@ -53,8 +53,8 @@ void pack(Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bi
 
   auto* header = pack_memory<PackHeader>(packed, pack_bytes(shape));
   cpu::pack_block(shape, p, header + 1);
-  *header = {kMagic,  format_id(cpu::block_packed_format(shape)), shape.dim, shape.D, shape.C,
-             shape.K, static_cast<std::int64_t>(shape.multiplied)};
+  *header = {kMagic,  format_id(cpu::block_packed_format(shape)),    shape.dim, shape.D, shape.C,
+             shape.K, static_cast<std::int64_t>(shape.compute_dtype)};
 }
 
 // The shape that was packed; nothing of it is believed that the size of the tensor does not bear out.
@@ -65,9 +65,9 @@ GatedCnnBlockShape packed_shape(const Tensor& packed) {
   shape.D = header->D;
   shape.C = header->C;
   shape.K = static_cast<int>(header->K);
-  shape.multiplied = static_cast<DType>(header->multiplied);
-  const bool multiplied_known = shape.multiplied == DType::kFloat32 || shape.multiplied == DType::kBFloat16;
-  STD_TORCH_CHECK(multiplied_known && cpu::block_supports(shape.multiplied) &&
+  shape.compute_dtype = static_cast<DType>(header->multiplied);
+  const bool multiplied_known = shape.compute_dtype == DType::kFloat32 || shape.compute_dtype == DType::kBFloat16;
+  STD_TORCH_CHECK(multiplied_known && cpu::block_supports(shape.compute_dtype) &&
                       header->id == format_id(cpu::block_packed_format(shape)),
                   "packed is for another instruction set than the one in use; pack again");
   STD_TORCH_CHECK(packed.numel() == pack_bytes(shape), "packed has the wrong size");

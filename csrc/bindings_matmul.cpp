@@ -59,7 +59,7 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias, bool used_once) {
   if (!used_once) return product(call, x);
   Tensor out = torch::stable::new_empty(x, {call.M, call.N});
   call.out = static_cast<float*>(out.mutable_data_ptr());
-  cpu::dots(dots_of(call), static_cast<int>(torch::stable::get_num_threads()), parallel_for);
+  cpu::gemm_nt(as_gemm_nt(call), static_cast<int>(torch::stable::get_num_threads()), parallel_for);
   return out;
 }
 

@@ -1,6 +1,7 @@
 // clang-format off
 #include "simd/vec_avx512.h"
 #include "simd/activations.h"
+#include "simd/loops.h"
 #include "gated_dwconv/conv_rows.h"
 // clang-format on
 
@@ -26,17 +27,17 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 #include "gated_cnn_block/body.h"
 #include "conv3x3s2/body.h"
 #include "linear/gemm_nt_body.h"
-#include "linear/gemm_body.h"
+#include "linear/matmul_body.h"
 #include "head/body.h"
 #include "peak/body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
 
-const Kernels* Kernels::avx512(DType dtype) {
-  static constexpr Kernels kFloat32 = kernels_for<float>();
-  static constexpr Kernels kBFloat16 = kernels_for<BFloat16>();
-  static constexpr Kernels kFloat16 = kernels_for<Float16>();
+const GatedDwconvKernels* GatedDwconvKernels::avx512(DType dtype) {
+  static constexpr GatedDwconvKernels kFloat32 = kernels_for<float>();
+  static constexpr GatedDwconvKernels kBFloat16 = kernels_for<BFloat16>();
+  static constexpr GatedDwconvKernels kFloat16 = kernels_for<Float16>();
   switch (dtype) {
     case DType::kFloat32: return &kFloat32;
     case DType::kBFloat16: return &kBFloat16;
@@ -45,18 +46,20 @@ const Kernels* Kernels::avx512(DType dtype) {
   }
 }
 
-const BlockKernels* BlockKernels::avx512(DType multiplied, DType io) {
-  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products>(io) : nullptr;
+const BlockKernels* BlockKernels::avx512(DType compute_dtype, DType io) {
+  return compute_dtype == DType::kFloat32 ? block_kernels_for<Fp32Gemm>(io) : nullptr;
 }
 
-const DownsampleKernels* DownsampleKernels::avx512(DType multiplied, DType in, DType out) {
-  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products>(in, out) : nullptr;
+const Conv3x3s2Kernels* Conv3x3s2Kernels::avx512(DType compute_dtype, DType in, DType out) {
+  return compute_dtype == DType::kFloat32 ? conv3x3s2_kernels_for<Fp32Gemm>(in, out) : nullptr;
 }
 
 const MatmulKernels* MatmulKernels::avx512() { return &kMatmulKernels; }
 
 const HeadKernels* HeadKernels::avx512() { return &kHeadKernels; }
 
-const PeakKernel* PeakKernel::avx512(DType multiplied) { return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr; }
+const PeakKernel* PeakKernel::avx512(DType compute_dtype) {
+  return compute_dtype == DType::kFloat32 ? &kPeakFp32 : nullptr;
+}
 
 }  // namespace mambaout_kernels::cpu

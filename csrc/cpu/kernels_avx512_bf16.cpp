@@ -1,6 +1,7 @@
 // clang-format off
 #include "simd/vec_avx512.h"
 #include "simd/activations.h"
+#include "simd/loops.h"
 #include "gated_dwconv/conv_rows.h"
 // clang-format on
 
@@ -34,29 +35,29 @@ using GateOf = Gate<act, sizeof(Element) == 2>;
 
 namespace mambaout_kernels::cpu {
 
-const Kernels* Kernels::avx512_bf16(DType dtype) {
-  static constexpr Kernels kBFloat16 = [] {
-    Kernels kernels = kernels_for<BFloat16>();
+const GatedDwconvKernels* GatedDwconvKernels::avx512_bf16(DType dtype) {
+  static constexpr GatedDwconvKernels kBFloat16 = [] {
+    GatedDwconvKernels kernels = kernels_for<BFloat16>();
     kernels.forward_pairs = forward_any<BFloat16, Bf16PairConvolution>;
     return kernels;
   }();
   return dtype == DType::kBFloat16 ? &kBFloat16 : nullptr;
 }
 
-const BlockKernels* BlockKernels::avx512_bf16(DType multiplied, DType io) {
-  return multiplied == DType::kBFloat16 ? block_kernels_for<Bf16Products>(io) : nullptr;
+const BlockKernels* BlockKernels::avx512_bf16(DType compute_dtype, DType io) {
+  return compute_dtype == DType::kBFloat16 ? block_kernels_for<Bf16Gemm>(io) : nullptr;
 }
 
-const DownsampleKernels* DownsampleKernels::avx512_bf16(DType multiplied, DType in, DType out) {
-  return multiplied == DType::kBFloat16 ? downsample_kernels_for<Bf16Products>(in, out) : nullptr;
+const Conv3x3s2Kernels* Conv3x3s2Kernels::avx512_bf16(DType compute_dtype, DType in, DType out) {
+  return compute_dtype == DType::kBFloat16 ? conv3x3s2_kernels_for<Bf16Gemm>(in, out) : nullptr;
 }
 
 const MatmulKernels* MatmulKernels::avx512_bf16() { return nullptr; }
 
 const HeadKernels* HeadKernels::avx512_bf16() { return nullptr; }
 
-const PeakKernel* PeakKernel::avx512_bf16(DType multiplied) {
-  return multiplied == DType::kBFloat16 ? &kPeakBf16 : nullptr;
+const PeakKernel* PeakKernel::avx512_bf16(DType compute_dtype) {
+  return compute_dtype == DType::kBFloat16 ? &kPeakBf16 : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

@@ -1,6 +1,7 @@
 // clang-format off
 #include "simd/vec_portable.h"
 #include "simd/activations_f64.h"
+#include "simd/loops.h"
 #include "gated_dwconv/conv_rows.h"
 // clang-format on
 
@@ -13,8 +14,8 @@ template <Act act>
 struct GateOf<act, double> {
   static VecF64 value(VecF64 x) { return map_lanes(x, GateF64<act>::value); }
   static VecF64 slope(VecF64 x) { return map_lanes(x, GateF64<act>::slope); }
-  static Several<VecF64, 1> value(Several<VecF64, 1> x) { return {{value(x.part[0])}}; }
-  static Several<VecF64, 1> slope(Several<VecF64, 1> x) { return {{slope(x.part[0])}}; }
+  static VecArray<VecF64, 1> value(VecArray<VecF64, 1> x) { return {{value(x.vec[0])}}; }
+  static VecArray<VecF64, 1> slope(VecArray<VecF64, 1> x) { return {{slope(x.vec[0])}}; }
 };
 
 }  // namespace
@@ -29,18 +30,18 @@ struct GateOf<act, double> {
 #include "gated_cnn_block/body.h"
 #include "conv3x3s2/body.h"
 #include "linear/gemm_nt_body.h"
-#include "linear/gemm_body.h"
+#include "linear/matmul_body.h"
 #include "head/body.h"
 #include "peak/body.h"
 // clang-format on
 
 namespace mambaout_kernels::cpu {
 
-const Kernels* Kernels::portable(DType dtype) {
-  static constexpr Kernels kFloat32 = kernels_for<float>();
-  static constexpr Kernels kBFloat16 = kernels_for<BFloat16>();
-  static constexpr Kernels kFloat16 = kernels_for<Float16>();
-  static constexpr Kernels kFloat64 = kernels_for<double>();
+const GatedDwconvKernels* GatedDwconvKernels::portable(DType dtype) {
+  static constexpr GatedDwconvKernels kFloat32 = kernels_for<float>();
+  static constexpr GatedDwconvKernels kBFloat16 = kernels_for<BFloat16>();
+  static constexpr GatedDwconvKernels kFloat16 = kernels_for<Float16>();
+  static constexpr GatedDwconvKernels kFloat64 = kernels_for<double>();
   switch (dtype) {
     case DType::kFloat32: return &kFloat32;
     case DType::kBFloat16: return &kBFloat16;
@@ -50,20 +51,20 @@ const Kernels* Kernels::portable(DType dtype) {
   return nullptr;
 }
 
-const BlockKernels* BlockKernels::portable(DType multiplied, DType io) {
-  return multiplied == DType::kFloat32 ? block_kernels_for<Fp32Products>(io) : nullptr;
+const BlockKernels* BlockKernels::portable(DType compute_dtype, DType io) {
+  return compute_dtype == DType::kFloat32 ? block_kernels_for<Fp32Gemm>(io) : nullptr;
 }
 
-const DownsampleKernels* DownsampleKernels::portable(DType multiplied, DType in, DType out) {
-  return multiplied == DType::kFloat32 ? downsample_kernels_for<Fp32Products>(in, out) : nullptr;
+const Conv3x3s2Kernels* Conv3x3s2Kernels::portable(DType compute_dtype, DType in, DType out) {
+  return compute_dtype == DType::kFloat32 ? conv3x3s2_kernels_for<Fp32Gemm>(in, out) : nullptr;
 }
 
 const MatmulKernels* MatmulKernels::portable() { return &kMatmulKernels; }
 
 const HeadKernels* HeadKernels::portable() { return &kHeadKernels; }
 
-const PeakKernel* PeakKernel::portable(DType multiplied) {
-  return multiplied == DType::kFloat32 ? &kPeakFp32 : nullptr;
+const PeakKernel* PeakKernel::portable(DType compute_dtype) {
+  return compute_dtype == DType::kFloat32 ? &kPeakFp32 : nullptr;
 }
 
 }  // namespace mambaout_kernels::cpu

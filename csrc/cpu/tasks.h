@@ -1,5 +1,5 @@
-// How a call is cut into tasks and run on the caller's threads: for the dispatchers only, never for the translation
-// units of an instruction set, whose inline functions must not be shared.
+// Runs the tasks of a call on the caller's threads. For the dispatchers only: it has inline functions, which the
+// translation units of different instruction sets must not share.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +23,8 @@ inline char* align_up(void* p) {
 inline std::int64_t part_begin(std::int64_t count, std::int64_t parts, std::int64_t i) { return count * i / parts; }
 
 // Runs body(slot, task) for every task. A slot belongs to one thread at a time, and begins with its own share of the
-// tasks: the same rows of an image go to the same thread from call to call, whose caches still hold what it wrote. Then
-// it takes what others have not begun.
+// tasks: the same rows of an image go to the same thread from call to call, whose caches may still hold them. Then it
+// takes tasks that others have not begun.
 template <typename Body>
 void run_tasks(std::int64_t tasks, int num_threads, ParallelFor parallel_for, const Body& body) {
   if (tasks == 0) return;

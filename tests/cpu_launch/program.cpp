@@ -27,14 +27,14 @@ using namespace mambaout_kernels;
 
 // As launch.py packs it.
 struct Call {
-  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: downsampling, 4: matrix product, 5: of rows,
+  std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: conv3x3s2, 4: matmul, 5: gemm_nt,
                       // 6: the head
   std::int64_t isa, threads, at_begin;
   std::int64_t N, H, W, D, C, K, act, dtype, weight_dtype, bias_dtype;
-  std::int64_t dim, multiplied;  // of the block; of the downsampling dim to D channels, normed if C is 1
-  double eps;                    // of a product M, N, K are N, H, W; row sums if C is 2; of the head D is hidden, C
-                                 // classes, K whether there is a norm between, bias_dtype the result's
-  std::int64_t strides[2][3];    // of u, or x; and of dy, or x's from channel to channel
+  std::int64_t dim, compute_dtype;  // of the block; of conv3x3s2 dim to D channels, normed if C is 1
+  double eps;                       // of a product M, N, K are N, H, W; row sums if C is 2; of the head D is hidden, C
+                                    // classes, K whether there is a norm between, bias_dtype the result's
+  std::int64_t strides[2][3];       // of u, or x; and of dy, or x's from channel to channel
 };
 
 [[noreturn]] void fail(const char* what) {
@@ -225,8 +225,8 @@ void run_block(const Call& call) {
                  static_cast<int>(call.K),
                  static_cast<Act>(call.act),
                  static_cast<float>(call.eps),
-                 static_cast<DType>(call.multiplied)};
-  if (!cpu::block_supports(block.shape.multiplied)) fail("the block does not multiply this dtype here");
+                 static_cast<DType>(call.compute_dtype)};
+  if (!cpu::block_supports(block.shape.compute_dtype)) fail("the block does not multiply this dtype here");
   const Input x(at_begin), norm_weight(at_begin), norm_bias(at_begin), fc1_weight(at_begin), fc1_bias(at_begin),
       conv_weight(at_begin), conv_bias(at_begin), fc2_weight(at_begin), fc2_bias(at_begin), scale(at_begin);
   const cpu::PackedFormat format = cpu::block_packed_format(block.shape);
@@ -273,47 +273,46 @@ void run_block(const Call& call) {
   out.write();
 }
 
-void run_downsample(const Call& call) {
+void run_conv3x3s2(const Call& call) {
   const bool at_begin = call.at_begin != 0;
   const int threads = static_cast<int>(call.threads);
-  DownsampleCall downsample{};
-  downsample.shape = {call.dim,
-                      call.D,
-                      call.C != 0,
-                      static_cast<Act>(call.act),
-                      static_cast<float>(call.eps),
-                      static_cast<DType>(call.multiplied)};
-  if (!cpu::downsample_supports(downsample.shape.multiplied)) fail("no downsampling multiplies this dtype here");
+  Conv3x3s2Call conv{};
+  conv.shape = {call.dim,
+                call.D,
+                call.C != 0,
+                static_cast<Act>(call.act),
+                static_cast<float>(call.eps),
+                static_cast<DType>(call.compute_dtype)};
+  if (!cpu::conv3x3s2_supports(conv.shape.compute_dtype)) fail("conv3x3s2 does not multiply this dtype here");
   const Input x(at_begin), weight(at_begin), bias(at_begin), norm_weight(at_begin), norm_bias(at_begin);
-  const cpu::PackedFormat format = cpu::downsample_packed_format(downsample.shape);
-  const Memory packed(cpu::downsample_packed_bytes(downsample.shape, format), at_begin, 64);
-  cpu::pack_downsample(downsample.shape, {weight.floats(), bias.floats(), norm_weight.floats(), norm_bias.floats()},
-                       packed.data());
+  const cpu::PackedFormat format = cpu::conv3x3s2_packed_format(conv.shape);
+  const Memory packed(cpu::conv3x3s2_packed_bytes(conv.shape, format), at_begin, 64);
+  cpu::pack_conv3x3s2(conv.shape, {weight.floats(), bias.floats(), norm_weight.floats(), norm_bias.floats()},
+                      packed.data());
   {
     const Unpacked weights(call.D * call.dim * 9, at_begin), biases(call.D, at_begin), norm_weights(call.D, at_begin),
         norm_biases(call.D, at_begin);
     unpack_elsewhere([&] {
-      cpu::unpack_downsample(downsample.shape, format, packed.data(),
-                             {weights.floats(), biases.floats(), norm_weights.floats(), norm_biases.floats()});
+      cpu::unpack_conv3x3s2(conv.shape, format, packed.data(),
+                            {weights.floats(), biases.floats(), norm_weights.floats(), norm_biases.floats()});
     });
     weights.check(weight, 0, format.element_bytes == 2);
     biases.check(bias, 0);
     norm_weights.check(norm_weight, 1);
     norm_biases.check(norm_bias, 0);
   }
-  downsample.N = call.N;
-  downsample.H = call.H;
-  downsample.W = call.W;
-  downsample.in_dtype = static_cast<DType>(call.dtype);
-  downsample.out_dtype = static_cast<DType>(call.weight_dtype);
-  downsample.x = view(x, call.strides[0]);
-  downsample.x_stride_c = call.strides[1][0];
-  downsample.packed = packed.data();
-  const Memory out(call.N * downsample.out_height() * downsample.out_width() * call.D * bytes_of(call.weight_dtype),
-                   at_begin);
-  downsample.out = out.data();
-  const Scratch workspace(cpu::downsample_workspace_bytes(downsample, threads), at_begin);
-  cpu::downsample_forward(downsample, threads, workspace.data(), on_threads);
+  conv.N = call.N;
+  conv.H = call.H;
+  conv.W = call.W;
+  conv.in_dtype = static_cast<DType>(call.dtype);
+  conv.out_dtype = static_cast<DType>(call.weight_dtype);
+  conv.x = view(x, call.strides[0]);
+  conv.x_stride_c = call.strides[1][0];
+  conv.packed = packed.data();
+  const Memory out(call.N * conv.out_height() * conv.out_width() * call.D * bytes_of(call.weight_dtype), at_begin);
+  conv.out = out.data();
+  const Scratch workspace(cpu::conv3x3s2_workspace_bytes(conv, threads), at_begin);
+  cpu::conv3x3s2_forward(conv, threads, workspace.data(), on_threads);
   finish({&x, &weight, &bias, &norm_weight, &norm_bias}, {&packed, &out, &workspace});
   out.write();
 }
@@ -338,7 +337,7 @@ void run_matmul(const Call& call) {
   matmul.row_sums = (call.C & 2) != 0 ? reinterpret_cast<float*>(row_sums.data()) : nullptr;
   const Scratch workspace(call.kind == 5 ? 0 : cpu::matmul_workspace_bytes(matmul, threads), at_begin);
   if (call.kind == 5) {
-    cpu::dots(dots_of(matmul), threads, on_threads);
+    cpu::gemm_nt(as_gemm_nt(matmul), threads, on_threads);
   } else {
     cpu::matmul(matmul, threads, workspace.data(), on_threads);
   }
@@ -384,7 +383,7 @@ int main() {
     if (!cpu::set_isa(static_cast<cpu::Isa>(call.isa))) fail("this processor lacks the instruction set");
     switch (call.kind) {
       case 2: run_block(call); break;
-      case 3: run_downsample(call); break;
+      case 3: run_conv3x3s2(call); break;
       case 4:
       case 5: run_matmul(call); break;
       case 6: run_head(call); break;

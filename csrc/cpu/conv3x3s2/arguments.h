@@ -1,4 +1,4 @@
-// The launch interface of what stands between the stages, for inference: plain data, no torch.
+// The launch interface of the 3x3 convolution of stride 2 of the stem and between the stages, for inference: no torch.
 //
 //   out = act(layer_norm(bias + conv_3x3(x))),  stride 2, zero padding of 1    (N, ceil(H / 2), ceil(W / 2),
 //   out_channels)
@@ -12,32 +12,32 @@
 
 namespace mambaout_kernels {
 
-struct DownsampleShape {
+struct Conv3x3s2Shape {
   std::int64_t in_channels, out_channels;
   bool normed;
   Act act;
-  float eps;         // of the norm
-  DType multiplied;  // what the matrix products multiply: kFloat32, or kBFloat16; sums are fp32
+  float eps;            // of the norm
+  DType compute_dtype;  // what the matrix products multiply: kFloat32, or kBFloat16; sums are fp32
 };
 
 // The parameters, each contiguous and fp32.
 template <typename Float>
-struct DownsampleParametersOf {
+struct Conv3x3s2ParametersOf {
   Float *weight, *bias;            // (out_channels, in_channels, 3, 3), (out_channels,)
   Float *norm_weight, *norm_bias;  // (out_channels,)
 };
 // To pack; a null bias, norm_weight or norm_bias is left out.
-using DownsampleParameters = DownsampleParametersOf<const float>;
+using Conv3x3s2Parameters = Conv3x3s2ParametersOf<const float>;
 // To unpack to; none is null.
-using MutableDownsampleParameters = DownsampleParametersOf<float>;
+using MutableConv3x3s2Parameters = Conv3x3s2ParametersOf<float>;
 
-struct DownsampleCall {
-  DownsampleShape shape;
+struct Conv3x3s2Call {
+  Conv3x3s2Shape shape;
   std::int64_t N, H, W;       // of x
   DType in_dtype, out_dtype;  // kFloat32 or kBFloat16
   NhwcView x;
   std::int64_t x_stride_c;
-  const void* packed;  // what pack_downsample wrote, 64-byte aligned
+  const void* packed;  // what pack_conv3x3s2 wrote, 64-byte aligned
   void* out;           // contiguous
 
   std::int64_t out_height() const { return (H + 1) / 2; }
@@ -49,19 +49,19 @@ struct DownsampleCall {
 namespace mambaout_kernels::cpu {
 
 // Whether the instruction set in use multiplies this dtype: fp32 always, bf16 with avx512_bf16.
-bool downsample_supports(DType multiplied);
+bool conv3x3s2_supports(DType compute_dtype);
 
 // Parameters are packed in the format of the instruction set in use; a call reads that format only, and the caller
 // compares. A pack of any of kPackedFormats can be unpacked: what is left out was packed as 1 (weights of the norm)
 // or 0, and bf16 panels give back what they were rounded to. Packed memory is 64-byte aligned.
-PackedFormat downsample_packed_format(const DownsampleShape& shape);
-std::int64_t downsample_packed_bytes(const DownsampleShape& shape, PackedFormat format);
-void pack_downsample(const DownsampleShape& shape, const DownsampleParameters& parameters, void* packed);
-void unpack_downsample(const DownsampleShape& shape, PackedFormat format, const void* packed,
-                       const MutableDownsampleParameters& parameters);
+PackedFormat conv3x3s2_packed_format(const Conv3x3s2Shape& shape);
+std::int64_t conv3x3s2_packed_bytes(const Conv3x3s2Shape& shape, PackedFormat format);
+void pack_conv3x3s2(const Conv3x3s2Shape& shape, const Conv3x3s2Parameters& parameters, void* packed);
+void unpack_conv3x3s2(const Conv3x3s2Shape& shape, PackedFormat format, const void* packed,
+                      const MutableConv3x3s2Parameters& parameters);
 
 // Scratch memory in bytes, any alignment.
-std::int64_t downsample_workspace_bytes(const DownsampleCall& call, int num_threads);
-void downsample_forward(const DownsampleCall& call, int num_threads, void* workspace, ParallelFor parallel_for);
+std::int64_t conv3x3s2_workspace_bytes(const Conv3x3s2Call& call, int num_threads);
+void conv3x3s2_forward(const Conv3x3s2Call& call, int num_threads, void* workspace, ParallelFor parallel_for);
 
 }  // namespace mambaout_kernels::cpu

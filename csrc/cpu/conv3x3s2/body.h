@@ -1,7 +1,8 @@
-// The downsampling over one task, written once for every instruction set. Needs layer_norm.h and gemm_tile.h before it.
+// The 3x3 convolution of stride 2 over one task. Needs layer_norm.h and a micro-kernel of gemm/ before it.
 //
-// The three pixels of x that a row of the filter covers are neighbours in memory, and so are, two pixels on, those of
-// the next output: a matrix product of depth 3 * channels on x as it lies, for each of the filter's three rows.
+// The three pixels of x under a row of the filter are contiguous, and those of the next output begin two pixels further
+// on: each of the filter's three rows is a matrix product of depth 3 * channels, with lda = 2 * channels, without
+// im2col.
 #pragma once
 
 #include "kernels.h"
@@ -9,39 +10,39 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-// One number: a vector's masks cost more, where the channels of a pixel lie apart.
+// Scalar conversions, for channels that are not contiguous.
 template <typename To>
-inline To as(To x) {
+inline To convert(To x) {
   return x;
 }
 template <typename To>
   requires(sizeof(To) == 4)
-inline To as(BFloat16 x) {
+inline To convert(BFloat16 x) {
   return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16);
 }
 template <typename To>
   requires(sizeof(To) == 2)
-inline To as(float x) {  // to nearest even; NaN stays NaN
+inline To convert(float x) {  // to nearest even; NaN stays NaN
   const auto bits = __builtin_bit_cast(std::uint32_t, x);
   return {static_cast<std::uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-template <typename In, typename Out, typename Products>
-class DownsampleRunner {
-  using Element = typename Products::Element;
-  static constexpr int L = Vec::kLanes, kColumns = 2 * L;
+template <typename In, typename Out, typename Gemm>
+class Conv3x3s2Runner {
+  using Element = typename Gemm::Element;
+  static constexpr int L = Vec::kLanes, kNr = 2 * L;
 
  public:
-  explicit DownsampleRunner(const DownsampleTask& task)
+  explicit Conv3x3s2Runner(const Conv3x3s2Task& task)
       : task_(task),
         call_(*task.call),
         at_(*task.at),
         width_(call_.out_width()),
-        window_(downsample_window(call_, at_, sizeof(Element), task.h1 - task.h0)),
-        x_(static_cast<Element*>(part(window_.x))),
-        sums_(static_cast<float*>(part(window_.sums))),
-        tile_(static_cast<float*>(part(window_.tile))),
-        patches_(static_cast<Element*>(part(window_.patches))) {}
+        scratch_(conv3x3s2_scratch(call_, at_, sizeof(Element), task.h1 - task.h0)),
+        x_(static_cast<Element*>(part(scratch_.x))),
+        sums_(static_cast<float*>(part(scratch_.sums))),
+        tile_(static_cast<float*>(part(scratch_.tile))),
+        patches_(static_cast<Element*>(part(scratch_.patches))) {}
 
   void run() const {
     if (few_channels()) {
@@ -49,25 +50,25 @@ class DownsampleRunner {
     } else {
       const std::int64_t first = 2 * task_.h0 - 1, last = 2 * task_.h1;  // rows of x
       for (std::int64_t h = first; h < last; ++h) {
-        if (h >= 0 && h < call_.H) copy_row(h, x_ + (h - first) * window_.row);
+        if (h >= 0 && h < call_.H) copy_row(h, x_ + (h - first) * scratch_.row);
       }
     }
-    for (std::int64_t j = 0; j < at_.out; j += kColumns) {
+    for (std::int64_t j = 0; j < at_.out; j += kNr) {
       for (std::int64_t h = task_.h0; h < task_.h1; ++h) multiply_row(h, j);
     }
     finish();
   }
 
  private:
-  void* part(std::int64_t offset) const { return static_cast<char*>(task_.window) + offset; }
+  void* part(std::int64_t offset) const { return static_cast<char*>(task_.scratch) + offset; }
   template <typename T>
   const T* packed(std::int64_t offset) const {
     return reinterpret_cast<const T*>(static_cast<const char*>(call_.packed) + offset);
   }
 
-  bool few_channels() const { return window_.patches > 0; }
+  bool few_channels() const { return scratch_.patches > 0; }
 
-  // Row h of x, as multiplied, between a pixel of zeros on each side.
+  // Row h of x in the compute dtype, with a pixel of zeros on each side.
   void copy_row(std::int64_t h, Element* to) const {
     const std::int64_t channels = call_.shape.in_channels;
     const auto* from = static_cast<const In*>(call_.x.data) + task_.n * call_.x.stride_n + h * call_.x.stride_h;
@@ -79,32 +80,32 @@ class DownsampleRunner {
         for_each_vector<L>(
             channels, [&](std::int64_t c, int lanes) { store_lanes(to + c, load_lanes<Vec>(from + c, lanes), lanes); });
       } else {
-        for (std::int64_t c = 0; c < channels; ++c) to[c] = as<Element>(from[c * call_.x_stride_c]);
+        for (std::int64_t c = 0; c < channels; ++c) to[c] = convert<Element>(from[c * call_.x_stride_c]);
       }
       clear(to + channels, at_.channels - channels);
     }
-    clear(to, window_.row - (call_.W + 1) * at_.channels);
+    clear(to, scratch_.row - (call_.W + 1) * at_.channels);
   }
 
-  // Row h of the sums, columns [j, j + kColumns).
+  // Row h of the sums, columns [j, j + kNr).
   void multiply_row(std::int64_t h, std::int64_t j) const {
-    const char* panel = packed<char>(at_.panels) + j / kColumns * at_.panel;
+    const char* panel = packed<char>(at_.panels) + j / kNr * at_.panel;
     const std::int64_t depth = 3 * at_.channels;
     const float* bias = packed<float>(at_.bias) + j;
     const Vec bias0 = load(bias), bias1 = load(bias + L);
-    for_each_gemm_tile<Products::kRows>(0, width_, [&](auto rows, std::int64_t w) {
+    for_each_gemm_tile<Gemm::kMr>(0, width_, [&](auto rows, std::int64_t w) {
       constexpr int kTileRows = decltype(rows)::value;
       if (few_channels()) {
-        const Ahead ahead = {panel + at_.panel, at_.panel / (3 * depth / Products::kTermsOfStep)};
+        const Prefetch prefetch = {panel + at_.panel, at_.panel / (3 * depth / Gemm::kKr)};
         const Element* patches = patches_ + ((h - task_.h0) * width_ + w) * 3 * depth;
-        Products::template tile<kTileRows>(patches, 3 * depth, panel, 3 * depth, tile_, ahead);
+        Gemm::template tile<kTileRows>(patches, 3 * depth, panel, 3 * depth, tile_, prefetch);
       } else {
         multiply_filter_rows<kTileRows>(h, w, panel);
       }
       float* to = sums_ + ((h - task_.h0) * width_ + w) * at_.out + j;
       for (int r = 0; r < kTileRows; ++r, to += at_.out) {
-        store(to, load(tile_ + r * kColumns) + bias0);
-        store(to + L, load(tile_ + r * kColumns + L) + bias1);
+        store(to, load(tile_ + r * kNr) + bias0);
+        store(to + L, load(tile_ + r * kNr + L) + bias1);
       }
     });
   }
@@ -116,16 +117,16 @@ class DownsampleRunner {
     for (int kh = 0; kh < 3; ++kh) {
       const std::int64_t from = 2 * h + kh - 1;
       if (from < 0 || from >= call_.H) continue;
-      const Element* a = x_ + (from - (2 * task_.h0 - 1)) * window_.row + 2 * w * at_.channels;
-      const Ahead ahead = {panel + at_.panel + kh * row_bytes, row_bytes / (depth / Products::kTermsOfStep)};
-      const auto multiply = first ? Products::template tile<kTileRows> : Products::template tile<kTileRows, true>;
-      multiply(a, 2 * at_.channels, panel + kh * row_bytes, depth, tile_, ahead);
+      const Element* a = x_ + (from - (2 * task_.h0 - 1)) * scratch_.row + 2 * w * at_.channels;
+      const Prefetch prefetch = {panel + at_.panel + kh * row_bytes, row_bytes / (depth / Gemm::kKr)};
+      const auto multiply = first ? Gemm::template tile<kTileRows> : Gemm::template tile<kTileRows, true>;
+      multiply(a, 2 * at_.channels, panel + kh * row_bytes, depth, tile_, prefetch);
       first = false;
     }
   }
 
-  // What the filter covers at each output of row h, side by side and as multiplied: of few channels, three short
-  // products cost more than this copy.
+  // The nine pixels under the filter at each output of row h, in the compute dtype (im2col): for few channels, three
+  // short products cost more than this copy.
   void gather_patches(std::int64_t h) const {
     const std::int64_t channels = at_.channels, depth = 9 * channels, step = 2 * call_.x.stride_w;
     const auto* image = static_cast<const In*>(call_.x.data) + task_.n * call_.x.stride_n;
@@ -134,25 +135,25 @@ class DownsampleRunner {
       const std::int64_t c = k % channels, column = k / channels % 3 - 1, row = 2 * h + k / channels / 3 - 1;
       const bool inside = c < call_.shape.in_channels && row >= 0 && row < call_.H;
       // The outputs w with 2 * w + column a column of x.
-      const std::int64_t begin = column < 0 ? 1 : 0, end = inside ? smaller(width_, (call_.W + 1 - column) / 2) : 0;
+      const std::int64_t begin = column < 0 ? 1 : 0, end = inside ? min(width_, (call_.W + 1 - column) / 2) : 0;
       const std::int64_t from = row * call_.x.stride_h + column * call_.x.stride_w + c * call_.x_stride_c;
       gather(image + (begin < end ? from + begin * step : 0), step, begin, end, patches + k, depth);
     }
   }
 
-  // Of every output, to[.. * to_step]: those in [begin, end) from `from` on, zero the others.
+  // to[w * to_step] for every output w: from `from` on for w in [begin, end), zero for the others.
   [[gnu::noinline]] void gather(const In* from, std::int64_t step, std::int64_t begin, std::int64_t end, Element* to,
                                 std::int64_t to_step) const {
     std::int64_t w = 0;
     for (; w < begin; ++w, to += to_step) *to = Element{};
-    for (; w < end; ++w, to += to_step, from += step) *to = as<Element>(*from);
+    for (; w < end; ++w, to += to_step, from += step) *to = convert<Element>(*from);
     for (; w < width_; ++w, to += to_step) *to = Element{};
   }
 
   void finish() const {
     const std::int64_t pixels = (task_.h1 - task_.h0) * width_, channels = call_.shape.out_channels;
     if (call_.shape.normed) {
-      for_each_together(pixels, [&](auto count, std::int64_t p) {
+      for_each_unrolled(pixels, [&](auto count, std::int64_t p) {
         float* sums = sums_ + p * at_.out;
         norm_pixels<decltype(count)::value>(sums, at_.out, channels, channels, call_.shape.eps,
                                             packed<float>(at_.norm_weight), packed<float>(at_.norm_bias), sums,
@@ -174,32 +175,32 @@ class DownsampleRunner {
       const float* sums = sums_ + p * at_.out;
       for_each_vectors<Vec>(channels, [&](std::int64_t c, auto count, int lanes) {
         constexpr int kCount = decltype(count)::value;
-        store_several(out + c, GateOf<act, Out>::value(load_several<kCount, Vec>(sums + c, lanes)), lanes);
+        store_array(out + c, GateOf<act, Out>::value(load_array<kCount, Vec>(sums + c, lanes)), lanes);
       });
     }
   }
 
-  const DownsampleTask& task_;
-  const DownsampleCall& call_;
-  const DownsamplePack& at_;
+  const Conv3x3s2Task& task_;
+  const Conv3x3s2Call& call_;
+  const Conv3x3s2Layout& at_;
   const std::int64_t width_;
-  const DownsampleWindow window_;
+  const Conv3x3s2Scratch scratch_;
   Element* x_;
   float *sums_, *tile_;
   Element* patches_;
 };
 
-template <typename In, typename Out, typename Products>
-void run_downsample(const DownsampleTask& task) {
-  DownsampleRunner<In, Out, Products>(task).run();
+template <typename In, typename Out, typename Gemm>
+void run_conv3x3s2(const Conv3x3s2Task& task) {
+  Conv3x3s2Runner<In, Out, Gemm>(task).run();
 }
 
-template <typename Products>
-const DownsampleKernels* downsample_kernels_for(DType in, DType out) {
-  constexpr PackedFormat kFormat = {Vec::kLanes, sizeof(typename Products::Element)};
-  static constexpr DownsampleKernels kKernels[2][2] = {
-      {{kFormat, run_downsample<float, float, Products>}, {kFormat, run_downsample<float, BFloat16, Products>}},
-      {{kFormat, run_downsample<BFloat16, float, Products>}, {kFormat, run_downsample<BFloat16, BFloat16, Products>}}};
+template <typename Gemm>
+const Conv3x3s2Kernels* conv3x3s2_kernels_for(DType in, DType out) {
+  constexpr PackedFormat kFormat = {Vec::kLanes, sizeof(typename Gemm::Element)};
+  static constexpr Conv3x3s2Kernels kKernels[2][2] = {
+      {{kFormat, run_conv3x3s2<float, float, Gemm>}, {kFormat, run_conv3x3s2<float, BFloat16, Gemm>}},
+      {{kFormat, run_conv3x3s2<BFloat16, float, Gemm>}, {kFormat, run_conv3x3s2<BFloat16, BFloat16, Gemm>}}};
   return &kKernels[in == DType::kBFloat16][out == DType::kBFloat16];
 }
 

@@ -1,4 +1,4 @@
-// The downsampling: packing of its parameters, the cut of a call into tasks, and which instruction set runs them.
+// The 3x3 convolution of stride 2: packing of its parameters, and the partition of a call into tasks.
 #include <algorithm>
 #include <cstring>
 
@@ -11,19 +11,19 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-// The most pixels of a task: as many as let the panels of weights, streamed from L2 or L3 once per task, cost little.
+// Pixels of a task, at most: enough that streaming the panels of weights from L2 or L3 once per task costs little.
 constexpr std::int64_t kTaskPixels = 112;
-// Up to so many, the filter's nine pixels are multiplied in one product.
+// Up to so many input channels, the nine pixels under the filter are gathered into patches (im2col).
 constexpr std::int64_t kFewChannels = 8;
-// Of the rows of x in one task.
-constexpr std::int64_t kWindowBytes = 448 * 1024;
+// Bytes of the rows of x in one task, at most.
+constexpr std::int64_t kScratchBytes = 448 * 1024;
 
-const DownsampleKernels* kernels_of(const DownsampleShape& shape) {
-  return select_kernels<DownsampleKernels>(shape.multiplied, DType::kFloat32, DType::kFloat32);
+const Conv3x3s2Kernels* kernels_of(const Conv3x3s2Shape& shape) {
+  return select_kernels<Conv3x3s2Kernels>(shape.compute_dtype, DType::kFloat32, DType::kFloat32);
 }
 
-DownsamplePack lay_out(const DownsampleShape& shape, PackedFormat format) {
-  DownsamplePack at;
+Conv3x3s2Layout make_layout(const Conv3x3s2Shape& shape, PackedFormat format) {
+  Conv3x3s2Layout at;
   at.columns = 2 * format.lanes;
   at.channels = format.element_bytes == 2 ? ceil_div(shape.in_channels, 2) * 2 : shape.in_channels;
   at.out = ceil_div(shape.out_channels, at.columns) * at.columns;
@@ -36,10 +36,10 @@ DownsamplePack lay_out(const DownsampleShape& shape, PackedFormat format) {
   return at;
 }
 
-// Where every parameter lies; which way it moves, PackedParameters says.
+// Where every parameter lies. PackedParameters decides the direction.
 template <typename Float>
-void move_parameters(const DownsampleShape& shape, const DownsamplePack& at, const PackedParameters<Float>& packed,
-                     const DownsampleParametersOf<Float>& parameters) {
+void move_parameters(const Conv3x3s2Shape& shape, const Conv3x3s2Layout& at, const PackedParameters<Float>& packed,
+                     const Conv3x3s2ParametersOf<Float>& parameters) {
   packed.panels(at.panels, at.panel, shape.out_channels, 9 * at.channels, [&](std::int64_t row, std::int64_t k) {
     const std::int64_t tap = k / at.channels, c = k % at.channels;
     return c < shape.in_channels ? parameters.weight + (row * shape.in_channels + c) * 9 + tap : nullptr;
@@ -49,12 +49,12 @@ void move_parameters(const DownsampleShape& shape, const DownsamplePack& at, con
   packed.vector(at.norm_bias, parameters.norm_bias, shape.out_channels, 0.0f);
 }
 
-// Into how many strips of rows an image is cut.
-std::int64_t strips_of(const DownsampleCall& call, const DownsamplePack& at, int element_bytes, int num_threads) {
+// The number of strips of rows into which an image is partitioned.
+std::int64_t strips_of(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, int element_bytes, int num_threads) {
   const std::int64_t height = call.out_height(), row_bytes = (call.W + 3) * at.channels * element_bytes;
-  const std::int64_t fitting = std::max<std::int64_t>(1, (kWindowBytes / row_bytes - 1) / 2);
+  const std::int64_t fitting = std::max<std::int64_t>(1, (kScratchBytes / row_bytes - 1) / 2);
   const std::int64_t most = std::max<std::int64_t>(1, kTaskPixels / std::max<std::int64_t>(1, call.out_width()));
-  // Rows until the last thread is done.
+  // In rows, until the last thread is done.
   const auto time = [&](std::int64_t strips) {
     return ceil_div(call.N * strips, num_threads) * ceil_div(height, strips);
   };
@@ -68,16 +68,16 @@ std::int64_t strips_of(const DownsampleCall& call, const DownsamplePack& at, int
 
 }  // namespace
 
-DownsampleWindow downsample_window(const DownsampleCall& call, const DownsamplePack& at, int element_bytes,
+Conv3x3s2Scratch conv3x3s2_scratch(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, int element_bytes,
                                    std::int64_t rows) {
-  DownsampleWindow w;
+  Conv3x3s2Scratch w;
   const bool few = at.channels <= kFewChannels;
-  // The last output of an odd row reads one pixel beyond the right one of zeros.
+  // The last output of an odd row reads one pixel beyond the zero padding on the right.
   w.row = (call.W + 3) * at.channels;
   w.x = 0;
   w.sums = w.x + (few ? 0 : align_up((2 * rows + 1) * w.row * element_bytes));
   w.tile = w.sums + align_up(rows * call.out_width() * at.out * 4);
-  w.total = w.tile + align_up(kMaxTileRows * at.columns * 4);
+  w.total = w.tile + align_up(kMaxMr * at.columns * 4);
   w.patches = 0;
   if (few) {
     w.patches = w.total;
@@ -86,43 +86,43 @@ DownsampleWindow downsample_window(const DownsampleCall& call, const DownsampleP
   return w;
 }
 
-bool downsample_supports(DType multiplied) {
-  return select_kernels<DownsampleKernels>(multiplied, DType::kFloat32, DType::kFloat32) != nullptr;
+bool conv3x3s2_supports(DType compute_dtype) {
+  return select_kernels<Conv3x3s2Kernels>(compute_dtype, DType::kFloat32, DType::kFloat32) != nullptr;
 }
-PackedFormat downsample_packed_format(const DownsampleShape& shape) { return kernels_of(shape)->format; }
-std::int64_t downsample_packed_bytes(const DownsampleShape& shape, PackedFormat format) {
-  return lay_out(shape, format).total;
+PackedFormat conv3x3s2_packed_format(const Conv3x3s2Shape& shape) { return kernels_of(shape)->format; }
+std::int64_t conv3x3s2_packed_bytes(const Conv3x3s2Shape& shape, PackedFormat format) {
+  return make_layout(shape, format).total;
 }
 
-void pack_downsample(const DownsampleShape& shape, const DownsampleParameters& parameters, void* packed) {
-  const PackedFormat format = downsample_packed_format(shape);
-  const DownsamplePack at = lay_out(shape, format);
+void pack_conv3x3s2(const Conv3x3s2Shape& shape, const Conv3x3s2Parameters& parameters, void* packed) {
+  const PackedFormat format = conv3x3s2_packed_format(shape);
+  const Conv3x3s2Layout at = make_layout(shape, format);
   std::memset(packed, 0, at.total);
   move_parameters(shape, at, PackedParameters<const float>(format, static_cast<char*>(packed)), parameters);
 }
 
-void unpack_downsample(const DownsampleShape& shape, PackedFormat format, const void* packed,
-                       const MutableDownsampleParameters& parameters) {
+void unpack_conv3x3s2(const Conv3x3s2Shape& shape, PackedFormat format, const void* packed,
+                      const MutableConv3x3s2Parameters& parameters) {
   const PackedParameters<float> from(format, static_cast<const char*>(packed));
-  move_parameters(shape, lay_out(shape, format), from, parameters);
+  move_parameters(shape, make_layout(shape, format), from, parameters);
 }
 
-std::int64_t downsample_workspace_bytes(const DownsampleCall& call, int num_threads) {
+std::int64_t conv3x3s2_workspace_bytes(const Conv3x3s2Call& call, int num_threads) {
   if (call.N * call.H * call.W == 0) return kLine;
-  const DownsampleKernels& kernels = *kernels_of(call.shape);
-  const DownsamplePack at = lay_out(call.shape, kernels.format);
+  const Conv3x3s2Kernels& kernels = *kernels_of(call.shape);
+  const Conv3x3s2Layout at = make_layout(call.shape, kernels.format);
   const std::int64_t rows = ceil_div(call.out_height(), strips_of(call, at, kernels.format.element_bytes, num_threads));
-  return num_threads * downsample_window(call, at, kernels.format.element_bytes, rows).total + kLine;
+  return num_threads * conv3x3s2_scratch(call, at, kernels.format.element_bytes, rows).total + kLine;
 }
 
-void downsample_forward(const DownsampleCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
+void conv3x3s2_forward(const Conv3x3s2Call& call, int num_threads, void* workspace, ParallelFor parallel_for) {
   if (call.N * call.H * call.W == 0) return;
-  const DownsampleKernels& kernels =
-      *select_kernels<DownsampleKernels>(call.shape.multiplied, call.in_dtype, call.out_dtype);
-  const DownsamplePack at = lay_out(call.shape, kernels.format);
+  const Conv3x3s2Kernels& kernels =
+      *select_kernels<Conv3x3s2Kernels>(call.shape.compute_dtype, call.in_dtype, call.out_dtype);
+  const Conv3x3s2Layout at = make_layout(call.shape, kernels.format);
   const std::int64_t height = call.out_height(),
                      strips = strips_of(call, at, kernels.format.element_bytes, num_threads);
-  const std::int64_t bytes = downsample_window(call, at, kernels.format.element_bytes, ceil_div(height, strips)).total;
+  const std::int64_t bytes = conv3x3s2_scratch(call, at, kernels.format.element_bytes, ceil_div(height, strips)).total;
   char* base = align_up(workspace);
   run_tasks(call.N * strips, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     const std::int64_t strip = task % strips;

@@ -1,5 +1,5 @@
-// The downsampling: what one translation unit per instruction set offers to downsample_dispatch.cpp, and the layouts
-// that both know. Plain data; no template, no STL.
+// The 3x3 convolution of stride 2: what one translation unit per instruction set offers to dispatch.cpp, and the
+// layouts that both know. Plain data; no template, no STL.
 #pragma once
 
 #include "../gemm/packed_format.h"
@@ -8,7 +8,7 @@
 namespace mambaout_kernels::cpu {
 
 // Offsets in bytes into the packed parameters. A panel is [3 * 3 * channels][columns] for `columns` output channels.
-struct DownsamplePack {
+struct Conv3x3s2Layout {
   std::int64_t columns;   // of a panel: two vectors
   std::int64_t channels;  // in_channels, padded to pairs for bf16
   std::int64_t out;       // out_channels, padded to whole panels
@@ -18,35 +18,35 @@ struct DownsamplePack {
 };
 
 // One task: rows [h0, h1) of the output of image n.
-struct DownsampleTask {
-  const DownsampleCall* call;
-  const DownsamplePack* at;
+struct Conv3x3s2Task {
+  const Conv3x3s2Call* call;
+  const Conv3x3s2Layout* at;
   std::int64_t n, h0, h1;
-  void* window;  // downsample_window().total bytes
+  void* scratch;  // conv3x3s2_scratch().total bytes
 };
 
-// What a task keeps at hand; offsets in bytes.
-struct DownsampleWindow {
-  std::int64_t row;      // elements of a row of x: [W + 2][channels] and what the last tile reads beyond
-  std::int64_t x;        // [2 * rows + 1][row], as multiplied; not of few channels
+// Scratch memory of a task; offsets in bytes.
+struct Conv3x3s2Scratch {
+  std::int64_t row;      // elements of a row of x: [W + 2][channels], and what the last tile reads beyond
+  std::int64_t x;        // [2 * rows + 1][row], compute dtype; empty for few channels
   std::int64_t sums;     // [rows * out_width][out] fp32
-  std::int64_t tile;     // [kMaxTileRows][columns] fp32
-  std::int64_t patches;  // [rows * out_width][3 * 3 * channels], as multiplied; 0 but for few channels
+  std::int64_t tile;     // [kMaxMr][columns] fp32
+  std::int64_t patches;  // [rows * out_width][3 * 3 * channels], compute dtype; 0 unless for few channels
   std::int64_t total;
 };
 
-struct DownsampleKernels {
+struct Conv3x3s2Kernels {
   PackedFormat format;
-  void (*run)(const DownsampleTask&);
+  void (*run)(const Conv3x3s2Task&);
 
   // See select_kernels.h.
-  static const DownsampleKernels* portable(DType multiplied, DType in, DType out);
-  static const DownsampleKernels* avx2(DType multiplied, DType in, DType out);
-  static const DownsampleKernels* avx512(DType multiplied, DType in, DType out);
-  static const DownsampleKernels* avx512_bf16(DType multiplied, DType in, DType out);
+  static const Conv3x3s2Kernels* portable(DType compute_dtype, DType in, DType out);
+  static const Conv3x3s2Kernels* avx2(DType compute_dtype, DType in, DType out);
+  static const Conv3x3s2Kernels* avx512(DType compute_dtype, DType in, DType out);
+  static const Conv3x3s2Kernels* avx512_bf16(DType compute_dtype, DType in, DType out);
 };
 
-DownsampleWindow downsample_window(const DownsampleCall& call, const DownsamplePack& at, int element_bytes,
+Conv3x3s2Scratch conv3x3s2_scratch(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, int element_bytes,
                                    std::int64_t rows);
 
 }  // namespace mambaout_kernels::cpu

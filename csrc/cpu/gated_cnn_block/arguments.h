@@ -1,4 +1,4 @@
-// The launch interface of the whole block, for inference: plain data, no torch.
+// The launch interface of the whole block, for inference: no torch.
 //
 //   u = fc1(layer_norm(x)),  y = act(g) * concat(i, bias + dwconv_KxK(c))  as in gated_dwconv.h
 //   out = x + scale * fc2(y)                                               (N, H, W, dim)
@@ -18,8 +18,8 @@ struct GatedCnnBlockShape {
   std::int64_t C;  // conv_channels, 0 <= C <= D
   int K;           // odd filter size, 1 .. kMaxKernelSize
   Act act;
-  float eps;         // of the norm
-  DType multiplied;  // what the matrix products multiply: kFloat32, or kBFloat16; sums are fp32
+  float eps;            // of the norm
+  DType compute_dtype;  // what the matrix products multiply: kFloat32, or kBFloat16; sums are fp32
 };
 
 // The parameters, each contiguous and fp32.
@@ -50,7 +50,7 @@ struct GatedCnnBlockCall {
 namespace mambaout_kernels::cpu {
 
 // Whether the instruction set in use multiplies this dtype: fp32 always, bf16 with avx512_bf16.
-bool block_supports(DType multiplied);
+bool block_supports(DType compute_dtype);
 
 // Parameters are packed in the format of the instruction set in use; a call reads that format only, and the caller
 // compares. A pack of any of kPackedFormats can be unpacked: what is left out was packed as 1 (weights of the norm,

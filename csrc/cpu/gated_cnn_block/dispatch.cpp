@@ -1,4 +1,4 @@
-// The whole block: packing of its parameters, the cut of a call into tasks, and which instruction set runs them.
+// The whole block: packing of its parameters, and the partition of a call into tasks.
 #include <algorithm>
 #include <cstring>
 
@@ -14,12 +14,12 @@ namespace {
 // Pixels of a chunk: enough that the panels of weights, streamed from L2 or L3 once per chunk, cost little beside the
 // arithmetic on them; few enough that the chunk stays in L2 (benchmarks/NOTES.md).
 constexpr std::int64_t kChunkPixels = 112;
-constexpr std::int64_t kMaxBlockWidth = 160;  // columns of one task
+constexpr std::int64_t kMaxTileWidth = 160;  // columns of one task
 
 std::int64_t padded(std::int64_t count, std::int64_t unit) { return ceil_div(count, unit) * unit; }
 
-BlockPack lay_out(const GatedCnnBlockShape& shape, PackedFormat format) {
-  BlockPack at;
+BlockLayout make_layout(const GatedCnnBlockShape& shape, PackedFormat format) {
+  BlockLayout at;
   const std::int64_t pair = format.element_bytes == 2 ? 2 : 1;
   at.columns = 2 * format.lanes;
   at.dim = padded(shape.dim, at.columns);
@@ -54,9 +54,9 @@ BlockPack lay_out(const GatedCnnBlockShape& shape, PackedFormat format) {
   return at;
 }
 
-// Where every parameter lies; which way it moves, PackedParameters says.
+// Where every parameter lies. PackedParameters decides the direction.
 template <typename Float>
-void move_parameters(const GatedCnnBlockShape& shape, const BlockPack& at, const PackedParameters<Float>& packed,
+void move_parameters(const GatedCnnBlockShape& shape, const BlockLayout& at, const PackedParameters<Float>& packed,
                      const GatedCnnBlockParametersOf<Float>& parameters) {
   const std::int64_t identity = shape.D - shape.C, dim = shape.dim;
   packed.vector(at.norm_weight, parameters.norm_weight, dim, 1.0f);
@@ -94,18 +94,17 @@ void move_parameters(const GatedCnnBlockShape& shape, const BlockPack& at, const
   packed.vector(at.scale, parameters.scale, dim, 1.0f);
 }
 
-// Of a pixel's work: LayerNorm, times the channels.
+// Cost of LayerNorm, relative to one channel of fc1 and fc2.
 constexpr double kNormShare = 3.0;
 
-struct Cut {
+struct Partition {
   std::int64_t strips, columns, chunk_rows, width;
   std::int64_t parts;  // of the channels; if more than one, there is one strip and one column
   bool halo;           // whether strips share the rows on both sides of their ends
   std::int64_t conv;   // the most conv channels of a task
 };
-// Time of a call, in images: of strips, or of parts of the channels. The last strips, or parts, are waited for; both
-// wait once more between their two steps.
-double time_of_strips(const GatedCnnBlockCall& call, const Cut& c, int num_threads) {
+// Estimated time of a call, in units of one image: by strips, or by parts of the channels.
+double time_of_strips(const GatedCnnBlockCall& call, const Partition& c, int num_threads) {
   const double rows = static_cast<double>(ceil_div(call.H, c.strips)) / (call.H * c.columns);
   return ceil_div(call.N * c.columns * c.strips, num_threads) * rows;
 }
@@ -114,13 +113,13 @@ double time_of_parts(const GatedCnnBlockCall& call, std::int64_t parts, int num_
   return ceil_div(call.N * parts, num_threads) * part;
 }
 
-Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
-  Cut c;
-  c.columns = ceil_div(call.W, kMaxBlockWidth);
+Partition partition(const GatedCnnBlockCall& call, const BlockLayout& at, int num_threads) {
+  Partition c;
+  c.columns = ceil_div(call.W, kMaxTileWidth);
   c.width = ceil_div(call.W, c.columns);
   c.strips = 1;
   c.parts = 1;
-  // Strips share R rows on both sides of their ends: no more of them than the threads can use, none shorter than that.
+  // Strips share R rows on both sides of each boundary: no more strips than the threads can use, none shorter than R.
   const std::int64_t R = call.shape.K / 2;
   const auto uneven = [&] {
     const std::int64_t tasks = call.N * c.columns * c.strips;
@@ -141,30 +140,32 @@ Cut cut(const GatedCnnBlockCall& call, const BlockPack& at, int num_threads) {
   return c;
 }
 
-// The workspace of a call: what strips or parts of the channels share, then a window for each thread. In bytes.
-struct Scratch {
-  std::int64_t ends;   // the rows on both sides of the end of a strip
-  std::int64_t image;  // what is shared of an image
-  std::int64_t shared, window;
+// The workspace of a call: what strips or parts of the channels share, then the scratch memory of each thread. In
+// bytes.
+struct Workspace {
+  std::int64_t ends;   // the rows on both sides of a boundary between strips
+  std::int64_t image;  // shared by the tasks of one image
+  std::int64_t shared, scratch;
 };
-Scratch scratch(const GatedCnnBlockCall& call, const BlockPack& at, PackedFormat format, const Cut& c) {
-  const BlockWindow window = block_window(at, call.shape, format, c.width, c.chunk_rows, c.conv);
+Workspace workspace_layout(const GatedCnnBlockCall& call, const BlockLayout& at, PackedFormat format,
+                           const Partition& c) {
+  const BlockScratch scratch = block_scratch(at, call.shape, format, c.width, c.chunk_rows, c.conv);
   const std::int64_t ends = c.halo ? align_up(at.conv * 2 * (call.shape.K / 2) * call.W * 4) : 0;
-  const std::int64_t y = c.parts > 1 ? align_up(call.H * call.W * window.step2 * format.element_bytes) : 0;
+  const std::int64_t y = c.parts > 1 ? align_up(call.H * call.W * scratch.lda2 * format.element_bytes) : 0;
   const std::int64_t image = y + (c.strips - 1) * ends;
-  return {ends, image, image * call.N, window.total};
+  return {ends, image, image * call.N, scratch.total};
 }
 
 }  // namespace
 
-BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, PackedFormat format, std::int64_t width,
-                         std::int64_t chunk_rows, std::int64_t conv) {
+BlockScratch block_scratch(const BlockLayout& at, const GatedCnnBlockShape& shape, PackedFormat format,
+                           std::int64_t width, std::int64_t chunk_rows, std::int64_t conv) {
   const std::int64_t R = shape.K / 2, pixels = chunk_rows * width, line = kLine / format.element_bytes;
   const std::int64_t halo_rows = shape.C > 0 ? R : 0;
-  BlockWindow w;
-  // Off the powers of two: rows of a tile that are a multiple of 4 KiB apart would share their places in L1.
-  w.step1 = padded(at.depth1, line) + line;
-  w.step2 = padded(at.depth2, line) + line;
+  BlockScratch w;
+  // Not a multiple of 4 KiB: the rows of a tile would map to the same sets of L1.
+  w.lda1 = padded(at.depth1, line) + line;
+  w.lda2 = padded(at.depth2, line) + line;
   w.ring_rows = chunk_rows + 2 * R;
   w.padded_width = width + 2 * R;
   std::int64_t next = 0;
@@ -173,27 +174,29 @@ BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, P
     next += align_up(bytes);
     return begin;
   };
-  w.normed = take((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width * w.step1 * format.element_bytes);
+  w.normed = take((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width * w.lda1 * format.element_bytes);
   w.ring = take(conv * w.ring_rows * w.padded_width * 4);
-  w.y = take(pixels * w.step2 * format.element_bytes);
+  w.y = take(pixels * w.lda2 * format.element_bytes);
   w.s = take(2 * pixels * format.lanes * 4);
-  w.tiles = take(2 * kMaxTileRows * at.columns * 4);
+  w.tiles = take(2 * kMaxMr * at.columns * 4);
   w.total = next;
   return w;
 }
 
-bool block_supports(DType multiplied) { return select_kernels<BlockKernels>(multiplied, DType::kFloat32) != nullptr; }
+bool block_supports(DType compute_dtype) {
+  return select_kernels<BlockKernels>(compute_dtype, DType::kFloat32) != nullptr;
+}
 
 PackedFormat block_packed_format(const GatedCnnBlockShape& shape) {
-  return select_kernels<BlockKernels>(shape.multiplied, DType::kFloat32)->format;
+  return select_kernels<BlockKernels>(shape.compute_dtype, DType::kFloat32)->format;
 }
 std::int64_t block_packed_bytes(const GatedCnnBlockShape& shape, PackedFormat format) {
-  return lay_out(shape, format).total;
+  return make_layout(shape, format).total;
 }
 
 void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters, void* packed) {
   const PackedFormat format = block_packed_format(shape);
-  const BlockPack at = lay_out(shape, format);
+  const BlockLayout at = make_layout(shape, format);
   std::memset(packed, 0, at.total);
   move_parameters(shape, at, PackedParameters<const float>(format, static_cast<char*>(packed)), parameters);
 }
@@ -201,29 +204,29 @@ void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& 
 void unpack_block(const GatedCnnBlockShape& shape, PackedFormat format, const void* packed,
                   const MutableGatedCnnBlockParameters& parameters) {
   const PackedParameters<float> from(format, static_cast<const char*>(packed));
-  move_parameters(shape, lay_out(shape, format), from, parameters);
+  move_parameters(shape, make_layout(shape, format), from, parameters);
 }
 
 std::int64_t block_workspace_bytes(const GatedCnnBlockCall& call, int num_threads) {
   if (call.N * call.H * call.W == 0) return kLine;
-  const BlockKernels& kernels = *select_kernels<BlockKernels>(call.shape.multiplied, call.dtype);
-  const BlockPack at = lay_out(call.shape, kernels.format);
-  const Scratch bytes = scratch(call, at, kernels.format, cut(call, at, num_threads));
-  return bytes.shared + num_threads * bytes.window + kLine;
+  const BlockKernels& kernels = *select_kernels<BlockKernels>(call.shape.compute_dtype, call.dtype);
+  const BlockLayout at = make_layout(call.shape, kernels.format);
+  const Workspace bytes = workspace_layout(call, at, kernels.format, partition(call, at, num_threads));
+  return bytes.shared + num_threads * bytes.scratch + kLine;
 }
 
 void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
   if (call.N * call.H * call.W == 0) return;
-  const BlockKernels& kernels = *select_kernels<BlockKernels>(call.shape.multiplied, call.dtype);
-  const BlockPack at = lay_out(call.shape, kernels.format);
-  const Cut c = cut(call, at, num_threads);
-  const Scratch bytes = scratch(call, at, kernels.format, c);
+  const BlockKernels& kernels = *select_kernels<BlockKernels>(call.shape.compute_dtype, call.dtype);
+  const BlockLayout at = make_layout(call.shape, kernels.format);
+  const Partition c = partition(call, at, num_threads);
+  const Workspace bytes = workspace_layout(call, at, kernels.format, c);
   char* base = align_up(workspace);
   const auto run = [&](BlockStep step) {
     const std::int64_t tasks_of_image = c.strips * c.columns * c.parts;
     run_tasks(call.N * tasks_of_image, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
-      const std::int64_t rectangle = task % tasks_of_image / c.parts;
-      const std::int64_t column = rectangle % c.columns, strip = rectangle / c.columns;
+      const std::int64_t tile = task % tasks_of_image / c.parts;
+      const std::int64_t column = tile % c.columns, strip = tile / c.columns;
       BlockTask t;
       t.call = &call;
       t.at = &at;
@@ -241,7 +244,7 @@ void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspa
       t.above = c.halo && strip > 0 ? end(strip - 1) : nullptr;
       t.below = c.halo && strip + 1 < c.strips ? end(strip) : nullptr;
       t.y = c.parts > 1 ? shared : nullptr;
-      t.window = base + bytes.shared + slot * bytes.window;
+      t.scratch = base + bytes.shared + slot * bytes.scratch;
       kernels.run(t);
     });
   };

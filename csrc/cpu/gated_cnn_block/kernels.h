@@ -1,5 +1,5 @@
-// The whole block: what one translation unit per instruction set offers to block_dispatch.cpp, and the layouts that
-// both know. Plain data; no template, no STL.
+// The whole block: what one translation unit per instruction set offers to dispatch.cpp, and the layouts that both
+// know. Plain data; no template, no STL.
 #pragma once
 
 #include "../gemm/packed_format.h"
@@ -9,7 +9,7 @@ namespace mambaout_kernels::cpu {
 
 // Offsets in bytes into the packed parameters. A panel is [depth][columns] for `columns` output channels of a matrix,
 // multiplied in fp32; or [depth / 2][columns][2] in bf16. Channels beyond the last are zero.
-struct BlockPack {
+struct BlockLayout {
   std::int64_t columns;                  // of a panel: two vectors
   std::int64_t dim, identity, conv;      // padded to whole panels
   std::int64_t depth1, depth2;           // of fc1 and fc2, padded to pairs for bf16
@@ -24,24 +24,24 @@ struct BlockPack {
   std::int64_t total;
 };
 
-// One task: a rectangle of one image; where that is cut into strips of rows, first each strip's rows of the conv branch
-// that its neighbours' filters cover, then, when all of these are there, the strip. Or, where the rows are too few to
-// share out, a part of an image's channels: of all rows, first the part of y, then, when every part of y is there, the
-// part of the output.
+// One task: a tile of one image (kAll). Where an image is partitioned into strips of rows, each strip first computes
+// the rows of the conv branch that its neighbours' filters cover (kHalo). Where there are too few rows for all threads,
+// a task is a part of the channels of a whole image: first of y (kGate), then of the output (kProject). A step begins
+// when the one before it is complete.
 enum class BlockStep { kHalo, kAll, kGate, kProject };
 
 struct BlockTask {
   const GatedCnnBlockCall* call;
-  const BlockPack* at;
+  const BlockLayout* at;
   std::int64_t n, h0, h1, w0, w1;
-  std::int64_t chunk_rows;  // worked off at a time
+  std::int64_t chunk_rows;  // per pass
   BlockStep step;
   // The conv branch on the K / 2 rows on both sides of h0, and of h1: [conv / lanes][2 * (K / 2)][W][lanes], which two
   // strips share. Null where none is shared.
   float *above, *below;
   std::int64_t part, parts;  // 0 and 1 for kHalo and kAll
-  void* y;                   // of the image, [H * W][step2], which the parts share; null for kHalo and kAll
-  void* window;              // block_window().total bytes
+  void* y;                   // of the image, [H * W][lda2], which the parts share; null for kHalo and kAll
+  void* scratch;             // block_scratch().total bytes
 };
 
 // A part of `columns`, in whole panels.
@@ -53,15 +53,15 @@ inline PanelRange panel_range(const BlockTask& task, std::int64_t columns) {
   return {panels * task.part / task.parts * task.at->columns, panels * (task.part + 1) / task.parts * task.at->columns};
 }
 
-// What a task keeps at hand; offsets in bytes.
-struct BlockWindow {
-  std::int64_t step1, step2;  // elements from pixel to pixel in `normed` and `y`
+// Scratch memory of a task; offsets in bytes.
+struct BlockScratch {
+  std::int64_t lda1, lda2;  // of `normed` and `y`: elements from pixel to pixel
   std::int64_t ring_rows, padded_width;
-  std::int64_t normed;  // [rows][columns of the rectangle and its halo][step1], as multiplied
+  std::int64_t normed;  // [rows][columns of the tile and its halo][lda1], compute dtype
   std::int64_t ring;    // [conv / lanes of the task][ring_rows][padded_width][lanes] fp32
-  std::int64_t y;       // [pixels of a chunk][step2], as multiplied
+  std::int64_t y;       // [pixels of a chunk][lda2], compute dtype
   std::int64_t s;       // [2][pixels of a chunk][lanes] fp32
-  std::int64_t tiles;   // 2 x [kMaxTileRows][columns] fp32
+  std::int64_t tiles;   // 2 x [kMaxMr][columns] fp32
   std::int64_t total;
 };
 
@@ -70,14 +70,14 @@ struct BlockKernels {
   void (*run)(const BlockTask&);
 
   // See select_kernels.h.
-  static const BlockKernels* portable(DType multiplied, DType io);
-  static const BlockKernels* avx2(DType multiplied, DType io);
-  static const BlockKernels* avx512(DType multiplied, DType io);
-  static const BlockKernels* avx512_bf16(DType multiplied, DType io);
+  static const BlockKernels* portable(DType compute_dtype, DType io);
+  static const BlockKernels* avx2(DType compute_dtype, DType io);
+  static const BlockKernels* avx512(DType compute_dtype, DType io);
+  static const BlockKernels* avx512_bf16(DType compute_dtype, DType io);
 };
 
 // conv: the most conv channels of a task, in whole panels
-BlockWindow block_window(const BlockPack& at, const GatedCnnBlockShape& shape, PackedFormat format, std::int64_t width,
-                         std::int64_t chunk_rows, std::int64_t conv);
+BlockScratch block_scratch(const BlockLayout& at, const GatedCnnBlockShape& shape, PackedFormat format,
+                           std::int64_t width, std::int64_t chunk_rows, std::int64_t conv);
 
 }  // namespace mambaout_kernels::cpu

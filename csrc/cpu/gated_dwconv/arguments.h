@@ -1,4 +1,4 @@
-// The op on the CPU: its entry points. The arguments are csrc/gated_dwconv.h's, as for CUDA.
+// The op on the CPU: its entry points. Their arguments are shared with CUDA (csrc/gated_dwconv.h).
 #pragma once
 
 #include "../../gated_dwconv.h"
@@ -6,8 +6,8 @@
 
 namespace mambaout_kernels::cpu {
 
-// Scratch memory in bytes, which the caller allocates (any alignment) and which holds the packed weights, one row
-// window per thread, and the partial sums of the weight gradient. Nothing else is allocated.
+// Scratch memory in bytes, which the caller allocates (any alignment) and which holds the packed weights, the scratch
+// memory of each thread, and the partial sums of the weight gradient. Nothing else is allocated.
 std::int64_t forward_workspace_bytes(const GatedDwconvShape& shape, int num_threads);
 std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape, int num_threads);
 

@@ -1,4 +1,4 @@
-// The backward over one task. Needs kernel_body.h and forward_body.h before it.
+// The backward over one task. Needs body.h and forward_body.h before it.
 #pragma once
 
 #include "kernels.h"
@@ -25,26 +25,26 @@ template <typename Element>
   }
 }
 
-// What row h will read, of the identity geometry.channels (at 0 and at `branch`) and of the geometry.gate of the conv
-// geometry.channels ...
+// The pointwise channels that row h will read: those of the identity branch (at 0 and at `branch`) and the gate of the
+// conv channels.
 template <typename Element, typename V>
 [[gnu::always_inline]] inline void prefetch_pointwise(const Geometry<V>& geometry, const NhwcView& view, std::int64_t h,
                                                       std::int64_t branch, std::int64_t part) {
-  const Block& block = geometry.block;
-  prefetch_row<Element>(view, block.n, h, block.w0, block.w1, block.identity0, block.identity1, part, geometry.vectors);
+  const Tile& tile = geometry.tile;
+  prefetch_row<Element>(view, tile.n, h, tile.w0, tile.w1, tile.identity0, tile.identity1, part, geometry.vectors);
   if (branch != 0) {
-    prefetch_row<Element>(view, block.n, h, block.w0, block.w1, branch + block.identity0, branch + block.identity1,
-                          part, geometry.vectors);
+    prefetch_row<Element>(view, tile.n, h, tile.w0, tile.w1, branch + tile.identity0, branch + tile.identity1, part,
+                          geometry.vectors);
   }
-  prefetch_row<Element>(view, block.n, h, block.w0, block.w1, geometry.gate, geometry.gate + geometry.channels, part,
+  prefetch_row<Element>(view, tile.n, h, tile.w0, tile.w1, geometry.gate, geometry.gate + geometry.channels, part,
                         geometry.vectors);
 }
-// ... and of the conv geometry.channels that start at `first`, halo included.
+// The conv channels of row h that start at `first`, halo included.
 template <typename Element, typename V>
 [[gnu::always_inline]] inline void prefetch_conv(const Geometry<V>& geometry, const NhwcView& view, std::int64_t h,
                                                  std::int64_t first, std::int64_t part) {
   if (h < geometry.shape.H)
-    prefetch_row<Element>(view, geometry.block.n, h, geometry.halo0, geometry.halo1, first, first + geometry.channels,
+    prefetch_row<Element>(view, geometry.tile.n, h, geometry.halo0, geometry.halo1, first, first + geometry.channels,
                           part, geometry.vectors);
 }
 
@@ -60,18 +60,18 @@ inline void weight_gradient_row_any(const FilterRows<V>& rows, const typename V:
 }
 
 // dg = dy * s * act'(g);  di = dy * act(g);  with e = dy * act(g) on the conv channels:
-// dc = transposed dwconv(e);  dweight[kh,kw] = sum e[h,w] * c[h+kh-R,w+kw-R];  dbias = sum e
+// dc = dwconv(e) with the flipped filter;  dweight[kh,kw] = sum e[h,w] * c[h+kh-R,w+kw-R];  dbias = sum e
 template <Act act, typename Element>
-void backward_block(const BackwardTask& task) {
+void backward_tile(const BackwardTask& task) {
   using V = typename VecOf<Element>::type;
   using Scalar = typename V::Scalar;
   constexpr int L = V::kLanes;
   const GatedDwconvBackward& args = *task.args;
-  const Block& block = task.block;
-  const Geometry<V> geometry{args.shape, block};
+  const Tile& tile = task.tile;
+  const Geometry<V> geometry{args.shape, tile};
   const std::int64_t D = args.shape.D, width = geometry.width, R = geometry.R, vectors = geometry.vectors;
   const std::int64_t partial_step = (static_cast<std::int64_t>(args.shape.K) * args.shape.K + 1) * L;
-  const Ring<V> ring_c = geometry.ring(static_cast<Scalar*>(task.window), args.shape.K);
+  const Ring<V> ring_c = geometry.ring(static_cast<Scalar*>(task.scratch), args.shape.K);
   const Ring<V> ring_e = geometry.ring(ring_c.data + ring_c.elements(vectors), args.shape.K);
   Scalar* out = ring_e.data + ring_e.elements(vectors);  // [vectors][width][lanes]: s, then dc
   geometry.clear_outside(ring_c);
@@ -82,14 +82,14 @@ void backward_block(const BackwardTask& task) {
   for (std::int64_t i = 0; i < vectors * partial_step; i += L) store(partial + i, zero);
 
   const auto du_pixel = [&](std::int64_t h, std::int64_t w) {
-    return static_cast<Element*>(args.du) + ((block.n * args.shape.H + h) * args.shape.W + w) * 2 * D;
+    return static_cast<Element*>(args.du) + ((tile.n * args.shape.H + h) * args.shape.W + w) * 2 * D;
   };
-  std::int64_t filled = geometry.row_begin(block.h0);
-  for (std::int64_t h = block.h0; h < block.h1; ++h) {
+  std::int64_t filled = geometry.row_begin(tile.h0);
+  for (std::int64_t h = tile.h0; h < tile.h1; ++h) {
     for (; filled < geometry.row_end(h); ++filled) {
       for (std::int64_t w = geometry.halo0; w < geometry.halo1; ++w) {
-        const Element* u = pixel<Element>(args.u, block.n, filled, w);
-        const Element* dy = pixel<Element>(args.dy, block.n, filled, w);
+        const Element* u = pixel<Element>(args.u, tile.n, filled, w);
+        const Element* dy = pixel<Element>(args.dy, tile.n, filled, w);
         const std::int64_t column = (w - geometry.halo0 + geometry.ring_column0) * L;
         Scalar *to_c = ring_c.row(0, filled) + column, *to_e = ring_e.row(0, filled) + column;
         const std::int64_t step = args.shape.K * ring_c.padded_width;  // from vector to vector, over lanes
@@ -112,17 +112,17 @@ void backward_block(const BackwardTask& task) {
       }
       weight_gradient_row_any(rows, ring_e.row(v, h) + R * L, width, partial + v * partial_step);
     }
-    for (std::int64_t w = block.w0; w < block.w1; ++w) {
-      const Element* u = pixel<Element>(args.u, block.n, h, w);
-      const Element* dy = pixel<Element>(args.dy, block.n, h, w);
+    for (std::int64_t w = tile.w0; w < tile.w1; ++w) {
+      const Element* u = pixel<Element>(args.u, tile.n, h, w);
+      const Element* dy = pixel<Element>(args.dy, tile.n, h, w);
       Element* du = du_pixel(h, w);
-      for_each_vector<L>(block.identity1 - block.identity0, [&](std::int64_t offset, int lanes) {
-        const std::int64_t d = block.identity0 + offset;
+      for_each_vector<L>(tile.identity1 - tile.identity0, [&](std::int64_t offset, int lanes) {
+        const std::int64_t d = tile.identity0 + offset;
         const V g = load_lanes<V>(u + d, lanes), upstream = load_lanes<V>(dy + d, lanes);
         store_lanes(du + d, upstream * load_lanes<V>(u + D + d, lanes) * GateOf<act, Element>::slope(g), lanes);
         store_lanes(du + D + d, upstream * GateOf<act, Element>::value(g), lanes);
       });
-      const Scalar* s = out + (w - block.w0) * L;
+      const Scalar* s = out + (w - tile.w0) * L;
       for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
         const V g = load_lanes<V>(u + geometry.gate + offset, lanes);
         const V ds = load_lanes<V>(dy + geometry.gate + offset, lanes) * load(s + offset * width);
@@ -138,9 +138,9 @@ void backward_block(const BackwardTask& task) {
         prefetch_conv<Element>(geometry, args.dy, filled, geometry.gate, v);
       }
     }
-    for (std::int64_t w = block.w0; w < block.w1; ++w) {
+    for (std::int64_t w = tile.w0; w < tile.w1; ++w) {
       Element* dc = du_pixel(h, w) + geometry.conv;
-      const Scalar* from = out + (w - block.w0) * L;
+      const Scalar* from = out + (w - tile.w0) * L;
       for_each_vector<L>(geometry.channels, [&](std::int64_t offset, int lanes) {
         store_lanes(dc + offset, load(from + offset * width), lanes);
       });
@@ -151,15 +151,15 @@ void backward_block(const BackwardTask& task) {
 template <typename Element>
 void backward_any(const BackwardTask& task) {
   switch (task.args->shape.act) {
-    case Act::kGelu: return backward_block<Act::kGelu, Element>(task);
-    case Act::kGeluTanh: return backward_block<Act::kGeluTanh, Element>(task);
-    case Act::kSilu: return backward_block<Act::kSilu, Element>(task);
-    case Act::kIdentity: return backward_block<Act::kIdentity, Element>(task);
+    case Act::kGelu: return backward_tile<Act::kGelu, Element>(task);
+    case Act::kGeluTanh: return backward_tile<Act::kGeluTanh, Element>(task);
+    case Act::kSilu: return backward_tile<Act::kSilu, Element>(task);
+    case Act::kIdentity: return backward_tile<Act::kIdentity, Element>(task);
   }
 }
 
 template <typename Element>
-constexpr Kernels kernels_for() {
+constexpr GatedDwconvKernels kernels_for() {
   using V = typename VecOf<Element>::type;
   return {V::kLanes, sizeof(typename V::Scalar), forward_any<Element, Fp32Convolution<Element>>, nullptr,
           backward_any<Element>};

@@ -2,7 +2,7 @@
 //
 // A pixel of the ring is [16 lanes][x[w], x[w + 1]], so the taps 0 .. 5 of a filter row are three pairs; the last is a
 // multiplication in fp32, so that x[w + 7], which the filter does not cover, is not touched. Products of bf16 are exact
-// in fp32; sums are fp32. Needs vec_avx512.h and kernel_body.h before it.
+// in fp32; sums are fp32. Needs vec_avx512.h and body.h before it.
 #pragma once
 
 #include "packed_pairs.h"
@@ -26,8 +26,8 @@ struct Bf16PairConvolution {
     // The column before the image is the left half of a pair, too.
     for (std::int64_t w = geometry.halo0 - (geometry.ring_column0 > 0); w < geometry.halo1; ++w) {
       const bool has_left = w >= geometry.halo0, has_right = w + 1 < geometry.halo1;
-      const BFloat16* left = pixel<BFloat16>(u, geometry.block.n, h, w < 0 ? 0 : w) + geometry.conv;
-      const BFloat16* right = pixel<BFloat16>(u, geometry.block.n, h, has_right ? w + 1 : 0) + geometry.conv;
+      const BFloat16* left = pixel<BFloat16>(u, geometry.tile.n, h, w < 0 ? 0 : w) + geometry.conv;
+      const BFloat16* right = pixel<BFloat16>(u, geometry.tile.n, h, has_right ? w + 1 : 0) + geometry.conv;
       float* to = ring.row(0, h) + (w - geometry.halo0 + geometry.ring_column0) * kPairLanes;
       for_each_vector<kPairLanes>(geometry.channels, [&](std::int64_t offset, int lanes) {
         store_pairs(to + offset * step, has_left ? left + offset : nullptr, has_right ? right + offset : nullptr,

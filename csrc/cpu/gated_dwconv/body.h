@@ -1,9 +1,9 @@
-// What both directions of the fused op share, written once for every instruction set. Needs a vec_*.h, activations.h
-// and conv_rows.h before it, and `VecOf<Element>`.
+// What both directions of the fused op share, written once for every instruction set. Needs loops.h, activations.h,
+// conv_rows.h and `VecOf<Element>` before it.
 //
-// A task walks down the rows of its block. It keeps the rows of conv channels that the filter covers as a ring of
+// A task walks down the rows of its tile. The rows of conv channels that the filter covers are kept in a ring of
 // accumulators, [vector][rows][width + K - 1][lanes]: converted once, contiguous per channel vector, zero outside the
-// image; so the ring stays in L2, and the rows under the filter in L1.
+// image. The ring stays in L2, the rows under the filter in L1.
 #pragma once
 
 #include "kernels.h"
@@ -11,65 +11,7 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-template <typename Element>
-inline const Element* pixel(const NhwcView& view, std::int64_t n, std::int64_t h, std::int64_t w) {
-  return static_cast<const Element*>(view.data) + n * view.stride_n + h * view.stride_h + w * view.stride_w;
-}
-
-// Calls body(offset, lanes_in_use) for count channels, a vector at a time; the last may be partial.
-template <int kLanes, typename Body>
-inline void for_each_vector(std::int64_t count, Body body) {
-  std::int64_t offset = 0;
-  for (; offset + kLanes <= count; offset += kLanes) body(offset, kLanes);
-  if (offset < count) body(offset, static_cast<int>(count - offset));
-}
-// Calls body(offset, Several-making count, lanes_in_use of the last vector) likewise, V::kTogether vectors at a time.
-template <typename V, typename Body>
-inline void for_each_vectors(std::int64_t count, Body body) {
-  constexpr int kLanes = V::kLanes, kMost = V::kTogether;
-  std::int64_t offset = 0;
-  for (; offset + kMost * kLanes <= count; offset += kMost * kLanes) body(offset, Constant<kMost>{}, kLanes);
-  if constexpr (kMost > 2) {
-    for (; offset + 2 * kLanes <= count; offset += 2 * kLanes) body(offset, Constant<2>{}, kLanes);
-  }
-  if constexpr (kMost > 1) {
-    for (; offset + kLanes <= count; offset += kLanes) body(offset, Constant<1>{}, kLanes);
-  }
-  if (offset < count) body(offset, Constant<1>{}, static_cast<int>(count - offset));
-}
-template <typename V, typename Element>
-inline V load_lanes(const Element* p, int lanes) {
-  return lanes == V::kLanes ? load(p) : load_first(p, lanes);
-}
-template <typename Element, typename V>
-inline void store_lanes(Element* p, V value, int lanes) {
-  if (lanes == V::kLanes) {
-    store(p, value);
-  } else {
-    store_first(p, value, lanes);
-  }
-}
-
-// kCount vectors, of which the last may be partial.
-template <int kCount, typename V, typename Element>
-inline Several<V, kCount> load_several(const Element* p, int lanes) {
-  return each<kCount>([&](int i) { return load_lanes<V>(p + i * V::kLanes, lanes); });
-}
-template <int kCount, typename V, typename Element>
-inline void store_several(Element* p, const Several<V, kCount>& values, int lanes) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) store_lanes(p + i * V::kLanes, values.part[i], lanes);
-}
-
-template <typename V, int kCount, typename Element>
-inline void stream_several(Element* p, const Several<V, kCount>& values) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) stream(p + i * V::kLanes, values.part[i]);
-}
-
-// The latest rows of a block's conv channels, with R pixels of halo on each side.
+// The latest rows of a tile's conv channels, with R pixels of halo on each side.
 template <typename V>
 struct Ring {
   using Scalar = typename V::Scalar;
@@ -91,18 +33,18 @@ struct Ring {
   std::int64_t elements(std::int64_t vectors) const { return vectors * rows * row_elements(); }
 };
 
-// A block's geometry, the same for both directions.
+// A tile's geometry, the same for both directions.
 template <typename V>
 struct Geometry {
   const GatedDwconvShape& shape;
-  const Block& block;
-  std::int64_t R = shape.K / 2, width = block.w1 - block.w0;
-  std::int64_t channels = block.conv1 - block.conv0, vectors = (channels + V::kLanes - 1) / V::kLanes;
-  std::int64_t first_vector = block.conv0 / V::kLanes;
-  std::int64_t gate = shape.D - shape.C + block.conv0, conv = shape.D + gate;  // of u's channels
-  std::int64_t halo0 = block.w0 > R ? block.w0 - R : 0;                        // columns inside the image
-  std::int64_t halo1 = block.w1 + R < shape.W ? block.w1 + R : shape.W;
-  std::int64_t ring_column0 = halo0 - (block.w0 - R);
+  const Tile& tile;
+  std::int64_t R = shape.K / 2, width = tile.w1 - tile.w0;
+  std::int64_t channels = tile.conv1 - tile.conv0, vectors = (channels + V::kLanes - 1) / V::kLanes;
+  std::int64_t first_vector = tile.conv0 / V::kLanes;
+  std::int64_t gate = shape.D - shape.C + tile.conv0, conv = shape.D + gate;  // of u's channels
+  std::int64_t halo0 = tile.w0 > R ? tile.w0 - R : 0;                         // columns inside the image
+  std::int64_t halo1 = tile.w1 + R < shape.W ? tile.w1 + R : shape.W;
+  std::int64_t ring_column0 = halo0 - (tile.w0 - R);
 
   Ring<V> ring(typename V::Scalar* data, std::int64_t rows) const { return {data, width + shape.K - 1, rows}; }
   void clear_outside(const Ring<V>& ring) const {
@@ -113,11 +55,11 @@ struct Geometry {
   std::int64_t row_end(std::int64_t h) const { return h + R + 1 < shape.H ? h + R + 1 : shape.H; }
 };
 
-// The rows of `ring` under the filter centred at h, or at h and h + 1 where `outputs` is 2; `transposed` turns the
+// The rows of `ring` under the filter centred at h, or at h and h + 1 where `outputs` is 2; `flipped`: rotate the
 // filter by 180 degrees. x has room for K + outputs - 1 rows.
 template <typename V>
 inline void select_rows(const Geometry<V>& geometry, const Ring<V>& ring, std::int64_t vector, std::int64_t h,
-                        int outputs, const void* packed_weight, bool transposed, const typename V::Scalar** x,
+                        int outputs, const void* packed_weight, bool flipped, const typename V::Scalar** x,
                         FilterRows<V>* rows) {
   const int K = geometry.shape.K;
   rows->x = x;
@@ -134,8 +76,8 @@ inline void select_rows(const Geometry<V>& geometry, const Ring<V>& ring, std::i
   const std::int64_t taps = static_cast<std::int64_t>(K) * K;
   const auto* weight =
       static_cast<const typename V::Scalar*>(packed_weight) + (geometry.first_vector + vector) * taps * V::kLanes;
-  rows->weight = transposed ? weight + (taps - 1) * V::kLanes : weight;
-  rows->tap_step = transposed ? -V::kLanes : V::kLanes;
+  rows->weight = flipped ? weight + (taps - 1) * V::kLanes : weight;
+  rows->tap_step = flipped ? -V::kLanes : V::kLanes;
   rows->row_step = K * rows->tap_step;
 }
 
@@ -148,7 +90,7 @@ inline void conv_tile_any(const FilterRows<V>& rows, std::int64_t w, V bias, typ
     default: return conv_tile<0, kTile>(rows, w, bias, out, fetch);
   }
 }
-// For filters that pairs_of_rows().
+// Only where pairs_of_rows(K).
 template <int kTile, typename V, typename Fetch>
 inline void conv_tile_pair_any(const FilterRows<V>& rows, std::int64_t w, V bias, typename V::Scalar* out,
                                Fetch& fetch) {

@@ -1,5 +1,5 @@
-// The three loops that cost: convolution along a row, and the weight gradient along a row, over one vector of
-// channels. Needs a vec_*.h before it.
+// The inner loops: convolution along a row, of one row or of two, and the weight gradient along a row, over one vector
+// of channels. Needs a vec_*.h and loops.h before it.
 //
 // A row is [width + K - 1][lanes] of accumulators: W with its halo, zero outside the image. A tile of outputs is kept
 // in registers along W, so that each loaded pixel serves up to K taps.
@@ -29,7 +29,7 @@ inline void add_taps(V (&accumulator)[kTile], const typename V::Scalar* x, const
 }
 
 // The same for two rows of outputs that see x under neighbouring rows of the filter: each loaded pixel serves 2 * kTaps
-// taps, and twice as many sums are under way as the latency of a multiply-add asks for.
+// taps.
 template <int kTaps, int kTile, typename V>
 inline void add_taps_pair(V (&upper)[kTile], V (&lower)[kTile], const typename V::Scalar* x,
                           const typename V::Scalar* upper_weight, const typename V::Scalar* lower_weight,
@@ -76,11 +76,11 @@ template <typename V>
 struct FilterRows {
   const typename V::Scalar* const* x;  // [K] or [K + 1] rows, at the left end of the halo
   const typename V::Scalar* weight;    // [K][K][lanes]
-  std::ptrdiff_t row_step, tap_step;   // through weight; negative for the transposed convolution
+  std::ptrdiff_t row_step, tap_step;   // through weight; negative where the filter is flipped
   int kh0, kh1, K;
 };
 
-// What a convolution has no use for.
+// For a convolution that prefetches nothing.
 struct NoFetch {
   void operator()() {}
 };
@@ -142,11 +142,6 @@ template <int kFilter, int kTile, typename V, typename Fetch>
     store(out + (kTile + t) * V::kLanes, lower[t] + bias);
   }
 }
-
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 
 // Calls body(Constant<tile>, w) for the tiles, of kMost at the most, that cover [0, width).
 template <int kMost, typename Body>

@@ -1,4 +1,4 @@
-// How the work is cut into tasks, and the second stage of the weight gradient.
+// The op: partition of a call into tasks, packing of the weight, and the second stage of the weight gradient.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -17,50 +17,50 @@ namespace {
 // gradient, so they depend on nothing but the image: the gradient is the same at every thread count.
 constexpr std::int64_t kMaxWidth = 64, kBackwardRows = 14;
 constexpr std::int64_t kMaxForwardRows = 28, kMinForwardRows = 7;
-// The window of one task stays in L2 beside the rows that pass through. More groups of channels, for smaller windows,
+// The scratch memory of one task stays in L2 beside the rows that pass through. More groups of channels need less, but
 // read u in shorter pieces.
-constexpr std::int64_t kForwardWindowBytes = 448 * 1024, kBackwardWindowBytes = 224 * 1024;
+constexpr std::int64_t kForwardScratchBytes = 448 * 1024, kBackwardScratchBytes = 224 * 1024;
 // Below these sizes of u prefetching costs more than it brings: L3 is near enough for the forward, L2 for the backward,
 // which computes more (benchmarks/NOTES.md).
 constexpr std::int64_t kStreamingBytes = 8 * 1024 * 1024, kPrefetchBytes = 2 * 1024 * 1024;
 constexpr int kTasksPerThread = 4;
 
-// The cut of an op into tasks: images x strips of rows x columns x groups of channels.
+// Tasks: images x strips of rows x columns x groups of channels.
 struct Plan {
   const GatedDwconvShape& shape;
-  const Kernels& kernels;
+  const GatedDwconvKernels& kernels;
   std::int64_t strips, columns, groups;
   std::int64_t vectors;        // of conv channels
   std::int64_t group_vectors;  // the most in one group
   std::int64_t width;          // the most in one column
-  std::int64_t window_elements;
-  bool large;  // for the caches
+  std::int64_t scratch_elements;
+  bool large;  // larger than the caches
 
-  std::int64_t rectangles() const { return shape.N * strips * columns; }
-  std::int64_t tasks() const { return rectangles() * groups; }
+  std::int64_t tiles() const { return shape.N * strips * columns; }
+  std::int64_t tasks() const { return tiles() * groups; }
 
-  Block block(std::int64_t task) const {
+  Tile tile(std::int64_t task) const {
     const std::int64_t group = task % groups, column = task / groups % columns;
     const std::int64_t strip = task / groups / columns % strips, n = task / groups / columns / strips;
     const std::int64_t L = kernels.lanes, identity = shape.D - shape.C, steps = ceil_div(identity, L);
-    Block b;
-    b.n = n;
-    b.h0 = part_begin(shape.H, strips, strip);
-    b.h1 = part_begin(shape.H, strips, strip + 1);
-    b.w0 = part_begin(shape.W, columns, column);
-    b.w1 = part_begin(shape.W, columns, column + 1);
-    b.conv0 = std::min(shape.C, part_begin(vectors, groups, group) * L);
-    b.conv1 = std::min(shape.C, part_begin(vectors, groups, group + 1) * L);
-    b.identity0 = std::min(identity, part_begin(steps, groups, group) * L);
-    b.identity1 = std::min(identity, part_begin(steps, groups, group + 1) * L);
-    return b;
+    Tile t;
+    t.n = n;
+    t.h0 = part_begin(shape.H, strips, strip);
+    t.h1 = part_begin(shape.H, strips, strip + 1);
+    t.w0 = part_begin(shape.W, columns, column);
+    t.w1 = part_begin(shape.W, columns, column + 1);
+    t.conv0 = std::min(shape.C, part_begin(vectors, groups, group) * L);
+    t.conv1 = std::min(shape.C, part_begin(vectors, groups, group + 1) * L);
+    t.identity0 = std::min(identity, part_begin(steps, groups, group) * L);
+    t.identity1 = std::min(identity, part_begin(steps, groups, group + 1) * L);
+    return t;
   }
 };
 
 Plan make_plan(const GatedDwconvShape& shape, bool forward, int num_threads) {
-  const Kernels& kernels = *select_kernels<Kernels>(shape.dtype);
+  const GatedDwconvKernels& kernels = *select_kernels<GatedDwconvKernels>(shape.dtype);
   Plan plan{shape, kernels, 1, 1, 1, 0, 0, 0, 0, false};
-  const auto window_elements = forward ? forward_window_elements : backward_window_elements;
+  const auto scratch_elements = forward ? forward_scratch_elements : backward_scratch_elements;
   const std::int64_t wanted_tasks = num_threads == 1 ? 1 : std::int64_t{kTasksPerThread} * num_threads;
   plan.vectors = ceil_div(shape.C, kernels.lanes);
   if (shape.N * shape.H * shape.W == 0) {
@@ -71,9 +71,9 @@ Plan make_plan(const GatedDwconvShape& shape, bool forward, int num_threads) {
   plan.width = ceil_div(shape.W, plan.columns);
   plan.strips = ceil_div(shape.H, forward ? kMaxForwardRows : kBackwardRows);
 
-  const std::int64_t bytes = window_elements(plan.width, 1, shape.K, kernels.lanes) * kernels.accumulator_bytes;
+  const std::int64_t bytes = scratch_elements(plan.width, 1, shape.K, kernels.lanes) * kernels.accumulator_bytes;
   const std::int64_t fitting =
-      std::max<std::int64_t>(1, (forward ? kForwardWindowBytes : kBackwardWindowBytes) / bytes);
+      std::max<std::int64_t>(1, (forward ? kForwardScratchBytes : kBackwardScratchBytes) / bytes);
   plan.groups = std::max<std::int64_t>(1, ceil_div(plan.vectors, fitting));
   if (forward) {
     while (plan.tasks() < wanted_tasks && ceil_div(shape.H, plan.strips * 2) >= kMinForwardRows) plan.strips *= 2;
@@ -82,28 +82,28 @@ Plan make_plan(const GatedDwconvShape& shape, bool forward, int num_threads) {
   plan.group_vectors = ceil_div(plan.vectors, plan.groups);
   plan.large = shape.N * shape.H * shape.W * 2 * shape.D * element_bytes(shape.dtype) >
                (forward ? kStreamingBytes : kPrefetchBytes);
-  plan.window_elements = window_elements(plan.width, plan.group_vectors, shape.K, kernels.lanes);
+  plan.scratch_elements = scratch_elements(plan.width, plan.group_vectors, shape.K, kernels.lanes);
   return plan;
 }
 
-// The workspace, cut up.
+// Offsets in bytes into the workspace.
 struct Workspace {
-  std::int64_t weight, bias, windows, window_bytes, window_used, partials, partial_bytes, total;
+  std::int64_t weight, bias, scratches, scratch_bytes, scratch_used, partials, partial_bytes, total;
 };
-Workspace lay_out(const Plan& plan, bool forward, int num_threads) {
+Workspace make_layout(const Plan& plan, bool forward, int num_threads) {
   const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K,
                      bytes = plan.kernels.accumulator_bytes;
   const std::int64_t vector_bytes = plan.kernels.lanes * bytes;
   Workspace at;
   at.weight = 0;
   at.bias = at.weight + align_up(plan.vectors * taps * vector_bytes);
-  at.windows = at.bias + align_up(plan.vectors * vector_bytes);
-  at.window_bytes = align_up(plan.window_elements * bytes);
-  if (!forward) at.window_bytes = std::max(at.window_bytes, align_up((taps + 1) * plan.kernels.lanes * 8));
-  at.window_used = at.windows + at.window_bytes * num_threads;  // a flag for each
-  at.partials = at.window_used + align_up(num_threads);
+  at.scratches = at.bias + align_up(plan.vectors * vector_bytes);
+  at.scratch_bytes = align_up(plan.scratch_elements * bytes);
+  if (!forward) at.scratch_bytes = std::max(at.scratch_bytes, align_up((taps + 1) * plan.kernels.lanes * 8));
+  at.scratch_used = at.scratches + at.scratch_bytes * num_threads;  // a flag for each
+  at.partials = at.scratch_used + align_up(num_threads);
   at.partial_bytes = forward ? 0 : align_up(plan.vectors * (taps + 1) * vector_bytes);
-  at.total = at.partials + at.partial_bytes * plan.rectangles() + kLine;
+  at.total = at.partials + at.partial_bytes * plan.tiles() + kLine;
   return at;
 }
 
@@ -178,14 +178,14 @@ void pack(const Plan& plan, bool pairs, const void* weight, const void* bias, vo
   (pairs ? pack_pairs : fp64 ? pack_weight<double> : pack_weight<float>)(plan, weight, packed_weight);
 }
 
-// dweight and dbias of one vector of channels: the partial sums of all rectangles, added in order, in fp64.
+// dweight and dbias of one vector of channels: the partial sums of all tiles, added in order, in fp64.
 template <typename Accumulator>
 void reduce(const Plan& plan, const GatedDwconvBackward& args, const char* partials, std::int64_t partial_bytes,
             std::int64_t vector, double* sums) {
   const std::int64_t taps = static_cast<std::int64_t>(plan.shape.K) * plan.shape.K, L = plan.kernels.lanes;
   const std::int64_t count = (taps + 1) * L;
   std::fill(sums, sums + count, 0.0);
-  for (std::int64_t r = 0; r < plan.rectangles(); ++r) {
+  for (std::int64_t r = 0; r < plan.tiles(); ++r) {
     const auto* partial = reinterpret_cast<const Accumulator*>(partials + r * partial_bytes) + vector * count;
     for (std::int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(partial[i]);
   }
@@ -207,26 +207,26 @@ void reduce(const Plan& plan, const GatedDwconvBackward& args, const char* parti
 }  // namespace
 
 std::int64_t forward_workspace_bytes(const GatedDwconvShape& shape, int num_threads) {
-  return lay_out(make_plan(shape, true, num_threads), true, num_threads).total;
+  return make_layout(make_plan(shape, true, num_threads), true, num_threads).total;
 }
 
 std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape, int num_threads) {
-  return lay_out(make_plan(shape, false, num_threads), false, num_threads).total;
+  return make_layout(make_plan(shape, false, num_threads), false, num_threads).total;
 }
 
 void forward(const GatedDwconvForward& args, int num_threads, void* workspace, ParallelFor parallel_for) {
   const Plan plan = make_plan(args.shape, true, num_threads);
-  const Workspace at = lay_out(plan, true, num_threads);
+  const Workspace at = make_layout(plan, true, num_threads);
   char* base = align_up(workspace);
   const bool pairs = plan.kernels.forward_pairs != nullptr && args.shape.K == kPairFilter &&
                      args.shape.weight_dtype == DType::kBFloat16;
   pack(plan, pairs, args.weight, args.bias, base + at.weight, base + at.bias);
   const auto run = pairs ? plan.kernels.forward_pairs : plan.kernels.forward;
-  bool* const used = reinterpret_cast<bool*>(base + at.window_used);
+  bool* const used = reinterpret_cast<bool*>(base + at.scratch_used);
   std::fill(used, used + num_threads, false);
   const bool alike = plan.groups == 1 && plan.columns == 1;
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
-    run({&args, plan.block(task), base + at.weight, base + at.bias, base + at.windows + slot * at.window_bytes,
+    run({&args, plan.tile(task), base + at.weight, base + at.bias, base + at.scratches + slot * at.scratch_bytes,
          plan.large, alike && used[slot]});
     used[slot] = true;
   });
@@ -234,16 +234,16 @@ void forward(const GatedDwconvForward& args, int num_threads, void* workspace, P
 
 void backward(const GatedDwconvBackward& args, int num_threads, void* workspace, ParallelFor parallel_for) {
   const Plan plan = make_plan(args.shape, false, num_threads);
-  const Workspace at = lay_out(plan, false, num_threads);
+  const Workspace at = make_layout(plan, false, num_threads);
   char* base = align_up(workspace);
   pack(plan, false, args.weight, args.bias, base + at.weight, base + at.bias);
   run_tasks(plan.tasks(), num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     char* partial = base + at.partials + task / plan.groups * at.partial_bytes;
-    plan.kernels.backward({&args, plan.block(task), base + at.weight, base + at.bias,
-                           base + at.windows + slot * at.window_bytes, plan.large, partial});
+    plan.kernels.backward({&args, plan.tile(task), base + at.weight, base + at.bias,
+                           base + at.scratches + slot * at.scratch_bytes, plan.large, partial});
   });
   run_tasks(plan.vectors, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t vector) {
-    auto* sums = reinterpret_cast<double*>(base + at.windows + slot * at.window_bytes);
+    auto* sums = reinterpret_cast<double*>(base + at.scratches + slot * at.scratch_bytes);
     if (plan.kernels.accumulator_bytes == 8) {
       reduce<double>(plan, args, base + at.partials, at.partial_bytes, vector, sums);
     } else {

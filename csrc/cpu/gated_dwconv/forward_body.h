@@ -1,4 +1,4 @@
-// The forward over one task. Needs kernel_body.h before it.
+// The forward over one task. Needs body.h before it.
 #pragma once
 
 #include "kernels.h"
@@ -6,8 +6,8 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-// Brings what a tile will read into L2, some lines at each call, so that they do not queue up before the loads that
-// compute: the pointwise channels of its rows, and the conv channels of the rows that come next into the ring. The
+// Prefetches what a tile will read into L2, a few lines at each call, so that prefetches do not delay the loads of the
+// convolution: the pointwise channels of its rows, and the conv channels of the rows that come next into the ring. The
 // pixels of a row lie up to pages apart, where no hardware prefetcher follows.
 class TileFetch {
  public:
@@ -43,7 +43,7 @@ class TileFetch {
   [[gnu::always_inline]] void operator()() {
     for (std::int64_t left = lines_ * kLineBytes; left > 0;) {
       if (at_ >= end_ && !next_span()) return;
-      const char* const stop = at_ + smaller(left, end_ - at_);
+      const char* const stop = at_ + min(left, end_ - at_);
       left -= stop - at_;
       const char* at = at_;
       for (; at < stop; at += kLineBytes) __builtin_prefetch(at, 0, 2);
@@ -96,7 +96,7 @@ struct Fp32Convolution {
     const std::int64_t step = ring.elements(1);  // from vector to vector
     Scalar* to = ring.row(0, h) + geometry.ring_column0 * V::kLanes;
     for (std::int64_t w = geometry.halo0; w < geometry.halo1; ++w, to += V::kLanes) {
-      const Element* c = pixel<Element>(u, geometry.block.n, h, w) + geometry.conv;
+      const Element* c = pixel<Element>(u, geometry.tile.n, h, w) + geometry.conv;
       Scalar* at = to;
       for_each_vector<V::kLanes>(geometry.channels, [&](std::int64_t offset, int lanes) {
         store(at, load_lanes<V>(c + offset, lanes));
@@ -122,49 +122,49 @@ struct Fp32Convolution {
 
 // y = act(g) * s
 //
-// A chunk of rows is worked off in tiles along W: convolve all vectors of the tile, then gate it. A vector's part of
-// the ring under a tile comes to L1 once for all rows of the chunk. While the convolution computes, the tile's gate and
-// identity channels and the conv channels of the chunk to come are on their way.
+// A chunk of rows is computed in tiles along W: convolve all vectors of the tile, then apply the gate. The part of the
+// ring under a tile is read into L1 once for all rows of the chunk. Meanwhile the tile's gate and identity channels and
+// the conv channels of the next chunk are prefetched.
 template <Act act, typename Element, typename Convolution>
-void forward_block(const ForwardTask& task) {
+void forward_tile(const ForwardTask& task) {
   using V = typename VecOf<Element>::type;
   using Scalar = typename V::Scalar;
   constexpr int L = V::kLanes, kMostTile = V::kPairW > 0 ? V::kPairW : V::kTileW;
   const GatedDwconvForward& args = *task.args;
-  const Block& block = task.block;
-  const Geometry<V> geometry{args.shape, block};
+  const Tile& tile = task.tile;
+  const Geometry<V> geometry{args.shape, tile};
   const std::int64_t D = args.shape.D, vectors = geometry.vectors;
-  const Ring<V> ring = geometry.ring(static_cast<Scalar*>(task.window), args.shape.K + kForwardRows - 1);
+  const Ring<V> ring = geometry.ring(static_cast<Scalar*>(task.scratch), args.shape.K + kForwardRows - 1);
   Scalar* s = ring.data + ring.elements(vectors);  // [vectors][rows][tile][lanes]
   if (!task.cleared) geometry.clear_outside(ring);
   const Scalar* bias = static_cast<const Scalar*>(task.bias) + geometry.first_vector * L;
-  TileFetch fetch(args.u, sizeof(Element), block.n);
-  fetch.add_pointwise(block.identity0, block.identity1 - block.identity0);
-  fetch.add_pointwise(D + block.identity0, block.identity1 - block.identity0);
+  TileFetch fetch(args.u, sizeof(Element), tile.n);
+  fetch.add_pointwise(tile.identity0, tile.identity1 - tile.identity0);
+  fetch.add_pointwise(D + tile.identity0, tile.identity1 - tile.identity0);
   fetch.add_pointwise(geometry.gate, geometry.channels);
   fetch.set_conv(geometry.conv, geometry.channels);
 
-  // Whole lines of an output that no cache will keep until it is read go past the caches, and are not read first.
+  // Full cache lines of an output larger than the caches are stored past them, without being read first.
   const bool past_caches = task.streaming && reinterpret_cast<std::uintptr_t>(args.y) % 64 == 0 &&
-                           D % (64 / static_cast<std::int64_t>(sizeof(Element))) == 0 && block.identity0 % L == 0 &&
+                           D % (64 / static_cast<std::int64_t>(sizeof(Element))) == 0 && tile.identity0 % L == 0 &&
                            geometry.gate % L == 0;
   const auto put = [&](Element* y, const auto& values, int lanes) {
     if (past_caches && lanes == L) {
-      stream_several(y, values);
+      stream_array(y, values);
     } else {
-      store_several(y, values, lanes);
+      store_array(y, values, lanes);
     }
   };
 
-  std::int64_t filled = geometry.row_begin(block.h0);
-  for (std::int64_t h = block.h0; h < block.h1; h += kForwardRows) {
-    const std::int64_t rows = smaller(kForwardRows, block.h1 - h);
+  std::int64_t filled = geometry.row_begin(tile.h0);
+  for (std::int64_t h = tile.h0; h < tile.h1; h += kForwardRows) {
+    const std::int64_t rows = min(kForwardRows, tile.h1 - h);
     for (; filled < geometry.row_end(h + rows - 1); ++filled) Convolution::fill_row(geometry, ring, args.u, filled);
-    const std::int64_t next_end = geometry.row_end(smaller(h + rows + kForwardRows, block.h1) - 1);
-    for_each_tile<kMostTile>(geometry.width, [&](auto tile, std::int64_t begin) {
-      constexpr int kTile = decltype(tile)::value;
+    const std::int64_t next_end = geometry.row_end(min(h + rows + kForwardRows, tile.h1) - 1);
+    for_each_tile<kMostTile>(geometry.width, [&](auto columns, std::int64_t begin) {
+      constexpr int kTile = decltype(columns)::value;
       if (task.streaming) {
-        const std::int64_t w = block.w0 + begin;
+        const std::int64_t w = tile.w0 + begin;
         fetch.begin(w, w + kTile, h, h + rows, filled, next_end, vectors * ((rows + 1) / 2) * (args.shape.K - 1));
       }
       for (std::int64_t v = 0; v < vectors; ++v) {
@@ -185,20 +185,20 @@ void forward_block(const ForwardTask& task) {
       }
       for (std::int64_t r = 0; r < rows; ++r) {
         for (int t = 0; t < kTile; ++t) {
-          const std::int64_t w = block.w0 + begin + t;
-          const Element* u = pixel<Element>(args.u, block.n, h + r, w);
-          Element* y = static_cast<Element*>(args.y) + ((block.n * args.shape.H + h + r) * args.shape.W + w) * D;
-          for_each_vectors<V>(block.identity1 - block.identity0, [&](std::int64_t offset, auto count, int lanes) {
+          const std::int64_t w = tile.w0 + begin + t;
+          const Element* u = pixel<Element>(args.u, tile.n, h + r, w);
+          Element* y = static_cast<Element*>(args.y) + ((tile.n * args.shape.H + h + r) * args.shape.W + w) * D;
+          for_each_vectors<V>(tile.identity1 - tile.identity0, [&](std::int64_t offset, auto count, int lanes) {
             constexpr int kCount = decltype(count)::value;
-            const std::int64_t d = block.identity0 + offset;
-            const auto i = load_several<kCount, V>(u + D + d, lanes);
-            put(y + d, GateOf<act, Element>::value(load_several<kCount, V>(u + d, lanes)) * i, lanes);
+            const std::int64_t d = tile.identity0 + offset;
+            const auto i = load_array<kCount, V>(u + D + d, lanes);
+            put(y + d, GateOf<act, Element>::value(load_array<kCount, V>(u + d, lanes)) * i, lanes);
           });
           const Scalar* from = s + (r * kTile + t) * L;
           for_each_vectors<V>(geometry.channels, [&](std::int64_t offset, auto count, int lanes) {
             constexpr int kCount = decltype(count)::value;
-            const auto g = load_several<kCount, V>(u + geometry.gate + offset, lanes);
-            const auto x = each<kCount>([&](int i) { return load(from + (offset + i * L) * rows * kTile); });
+            const auto g = load_array<kCount, V>(u + geometry.gate + offset, lanes);
+            const auto x = map<kCount>([&](int i) { return load(from + (offset + i * L) * rows * kTile); });
             put(y + geometry.gate + offset, GateOf<act, Element>::value(g) * x, lanes);
           });
         }
@@ -210,10 +210,10 @@ void forward_block(const ForwardTask& task) {
 template <typename Element, typename Convolution>
 void forward_any(const ForwardTask& task) {
   switch (task.args->shape.act) {
-    case Act::kGelu: return forward_block<Act::kGelu, Element, Convolution>(task);
-    case Act::kGeluTanh: return forward_block<Act::kGeluTanh, Element, Convolution>(task);
-    case Act::kSilu: return forward_block<Act::kSilu, Element, Convolution>(task);
-    case Act::kIdentity: return forward_block<Act::kIdentity, Element, Convolution>(task);
+    case Act::kGelu: return forward_tile<Act::kGelu, Element, Convolution>(task);
+    case Act::kGeluTanh: return forward_tile<Act::kGeluTanh, Element, Convolution>(task);
+    case Act::kSilu: return forward_tile<Act::kSilu, Element, Convolution>(task);
+    case Act::kIdentity: return forward_tile<Act::kIdentity, Element, Convolution>(task);
   }
 }
 

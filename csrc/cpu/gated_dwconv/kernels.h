@@ -1,12 +1,12 @@
-// What one translation unit per instruction set offers to dispatch.cpp. Plain data; no template, no STL.
+// The op: what one translation unit per instruction set offers to dispatch.cpp. Plain data; no template, no STL.
 #pragma once
 
 #include "../../gated_dwconv.h"
 
 namespace mambaout_kernels::cpu {
 
-// One task: a rectangle of one image, some of the conv channels and some of the identity channels.
-struct Block {
+// The output of one task: a rectangle of one image, some of the conv channels and some of the identity channels.
+struct Tile {
   std::int64_t n, h0, h1, w0, w1;
   std::int64_t conv0, conv1;          // of 0 .. C; conv0 is a multiple of the lanes
   std::int64_t identity0, identity1;  // of 0 .. D - C
@@ -14,25 +14,25 @@ struct Block {
 
 struct ForwardTask {
   const GatedDwconvForward* args;
-  Block block;
-  const void* weight;  // packed: [ceil(C / lanes)][K * K][lanes], accumulator type; or as forward_pairs wants it
+  Tile tile;
+  const void* weight;  // packed: [ceil(C / lanes)][K * K][lanes], accumulator type; or PackedPairRow for forward_pairs
   const void* bias;    // packed: [ceil(C / lanes)][lanes]
-  void* window;        // forward_window_elements()
+  void* scratch;       // forward_scratch_elements()
   bool streaming;      // the tensors are larger than the caches
-  bool cleared;        // the window was last used by a task of the same shape: what lies outside the image is zero
+  bool cleared;        // the scratch was last used by a task of the same shape: what lies outside the image is zero
 };
 
 struct BackwardTask {
   const GatedDwconvBackward* args;
-  Block block;
+  Tile tile;
   const void* weight;
   const void* bias;
-  void* window;  // backward_window_elements()
+  void* scratch;  // backward_scratch_elements()
   bool prefetch;
-  void* partial;  // [ceil(C / lanes)][K * K + 1][lanes]: this rectangle's share of dweight and dbias
+  void* partial;  // [ceil(C / lanes)][K * K + 1][lanes]: this tile's partial sums of dweight and dbias
 };
 
-struct Kernels {
+struct GatedDwconvKernels {
   int lanes;
   int accumulator_bytes;  // 4: float, 8: double
   void (*forward)(const ForwardTask&);
@@ -41,23 +41,23 @@ struct Kernels {
   void (*backward)(const BackwardTask&);
 
   // See select_kernels.h.
-  static const Kernels* portable(DType dtype);
-  static const Kernels* avx2(DType dtype);
-  static const Kernels* avx512(DType dtype);
-  static const Kernels* avx512_bf16(DType dtype);
+  static const GatedDwconvKernels* portable(DType dtype);
+  static const GatedDwconvKernels* avx2(DType dtype);
+  static const GatedDwconvKernels* avx512(DType dtype);
+  static const GatedDwconvKernels* avx512_bf16(DType dtype);
 };
 
-constexpr std::int64_t kForwardRows = 4;  // of outputs, that the forward works off at a time
-constexpr std::int64_t kMostTile = 14;    // pixels of a row, likewise
+constexpr std::int64_t kForwardRows = 4;  // of outputs that the forward computes per pass
+constexpr std::int64_t kMostTile = 14;    // pixels of a row, likewise: the most
 
-// Accumulators that a task over a block `width` wide and `vectors` of conv channels deep keeps at hand: the rows of
-// the input under the filter with their halo, and a tile of results (forward); K rows of the input, the same of the
-// convolution's gradient, and one row of results (backward).
-inline std::int64_t forward_window_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
+// Scratch memory of a task, in accumulators, for a tile of `width` pixels and `vectors` vectors of conv channels: the
+// rows of the input under the filter with their halo, and a tile of results (forward); K rows of the input, the same of
+// the convolution's gradient, and one row of results (backward).
+inline std::int64_t forward_scratch_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
   const std::int64_t tile = width < kMostTile ? width : kMostTile;
   return vectors * lanes * ((K + kForwardRows - 1) * (width + K - 1) + kForwardRows * tile);
 }
-inline std::int64_t backward_window_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
+inline std::int64_t backward_scratch_elements(std::int64_t width, std::int64_t vectors, int K, int lanes) {
   return vectors * lanes * (2 * K * (width + K - 1) + width);
 }
 

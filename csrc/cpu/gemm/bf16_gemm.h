@@ -1,30 +1,30 @@
-// Matrix products of bf16 by bf16, a pair of them at a time; exact products, fp32 sums. Needs vec_avx512.h and
-// gemm_tile.h before it.
+// The bf16 micro-kernel: dot products of pairs (kKr = 2), exact products, fp32 sums. Needs vec_avx512.h and fp32_gemm.h
+// before it.
 #pragma once
 
 namespace mambaout_kernels::cpu {
 namespace {
 
-struct Bf16Products {
+struct Bf16Gemm {
   using Element = BFloat16;
-  static constexpr int kRows = 14;
-  static constexpr int kTermsOfStep = 2;
+  static constexpr int kMr = 14;
+  static constexpr int kKr = 2;
 
-  // out[r][0 .. 32) = sum_k a[r * a_step + k] * panel[k / 2][0 .. 32)[k % 2], likewise; depth is even
+  // out[r][0 .. 32) = sum_k a[r * lda + k] * panel[k / 2][0 .. 32)[k % 2], likewise; depth is even
   template <int kTileRows, bool kAdd = false>
-  [[gnu::noinline]] static void tile(const BFloat16* a, std::int64_t a_step, const void* panel, std::int64_t depth,
-                                     float* out, Ahead ahead) {
+  [[gnu::noinline]] static void tile(const BFloat16* a, std::int64_t lda, const void* panel, std::int64_t depth,
+                                     float* out, Prefetch prefetch) {
     const auto* b = static_cast<const BFloat16*>(panel);
     __m512 left[kTileRows], right[kTileRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) left[r] = right[r] = _mm512_setzero_ps();
     for (std::int64_t k = 0; k < depth; k += 2) {
-      ahead.fetch(k / 2);
+      prefetch.fetch(k / 2);
       const auto b0 = (__m512bh)_mm512_loadu_si512(b + k * 32), b1 = (__m512bh)_mm512_loadu_si512(b + k * 32 + 32);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
         int pair;
-        __builtin_memcpy(&pair, a + r * a_step + k, sizeof(pair));
+        __builtin_memcpy(&pair, a + r * lda + k, sizeof(pair));
         const auto value = (__m512bh)_mm512_set1_epi32(pair);
         left[r] = _mm512_dpbf16_ps(left[r], value, b0);
         right[r] = _mm512_dpbf16_ps(right[r], value, b1);

@@ -1,4 +1,4 @@
-// In what format parameters are packed. Plain data: the translation units of the instruction sets include it.
+// The format in which parameters are packed. Plain data; no template, no STL.
 #pragma once
 
 namespace mambaout_kernels::cpu {
@@ -11,9 +11,9 @@ struct PackedFormat {
   bool operator==(const PackedFormat&) const = default;
 };
 
-// portable, avx2, avx512; avx512_bf16 for bf16 products
+// Of portable, avx2, avx512; of avx512_bf16 for bf16 products.
 constexpr PackedFormat kPackedFormats[] = {{4, 4}, {8, 4}, {16, 4}, {16, 2}};
 
-constexpr int kMaxTileRows = 14;  // of a micro-kernel
+constexpr int kMaxMr = 14;  // the most rows of a micro-kernel's tile
 
 }  // namespace mambaout_kernels::cpu

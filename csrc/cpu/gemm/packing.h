@@ -1,4 +1,5 @@
-// How parameters lie in packed memory, one description for packing and for unpacking: for the dispatchers only.
+// Packing and unpacking of parameters, from one description of the layout. For the dispatchers only: it has inline
+// functions, which the translation units of different instruction sets must not share.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@ class PackedParameters {
   using Byte = std::conditional_t<kPacks, char, const char>;
 
  public:
-  // What is packed must be zero before; data is 64-byte aligned.
+  // To pack, data must be zero. It is 64-byte aligned.
   PackedParameters(PackedFormat format, Byte* data) : format_(format), data_(data) {}
 
   // [count] fp32. A parameter that is left out is packed as `missing`.

@@ -1,4 +1,4 @@
-// The launch interface of a classifier's head, for inference: plain data, no torch.
+// The launch interface of a classifier's head, for inference: no torch.
 //
 //   out = fc2(layer_norm(gelu(fc1(layer_norm(mean over H and W of x)))))        (N, classes)
 #pragma once
@@ -16,10 +16,10 @@ struct HeadNorm {
   float eps;
 };
 
-// weight (out_features, in_features), `step` elements from row to row; a null bias is 0.
+// weight (out_features, in_features), row pitch ldb; a null bias is 0.
 struct HeadLinear {
   const void* weight;
-  std::int64_t step;
+  std::int64_t ldb;
   const void* bias;
 };
 
@@ -43,7 +43,7 @@ namespace mambaout_kernels::cpu {
 
 // Scratch memory in bytes, any alignment.
 std::int64_t head_workspace_bytes(const HeadCall& call);
-// The same bits at every number of threads, and for every image, whatever the others.
+// The result depends neither on num_threads nor on the other images, bit for bit.
 void head_forward(const HeadCall& call, int num_threads, void* workspace, ParallelFor parallel_for);
 
 }  // namespace mambaout_kernels::cpu

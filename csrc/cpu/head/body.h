@@ -1,5 +1,4 @@
-// What is done to each image in a classifier's head, written once for every instruction set. Needs layer_norm.h before
-// it.
+// The head's pooling and norms, of one image. Needs layer_norm.h before it.
 #pragma once
 
 #include "kernels.h"
@@ -7,26 +6,26 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-// What the mean is off by, which grows with the map, is the mean of what is left without it: that is added.
+// Two passes: the rounding error of the first mean, which grows with the map, is the mean of x - mean, and is added.
 template <typename Io>
 void mean_of_pixels(const HeadCall& call, std::int64_t n, float* to) {
   const Vec pixels = broadcast(static_cast<float>(call.H * call.W));
   for_each_vectors<Vec>(call.C, [&](std::int64_t c, auto count, int lanes) {
     constexpr int kCount = decltype(count)::value;
-    const auto zeros = each<kCount>([](int) { return broadcast(0.0f); });
+    const auto zeros = map<kCount>([](int) { return broadcast(0.0f); });
     const auto mean_without = [&](const auto& offset) {
       auto sum = zeros;
       for (std::int64_t h = 0; h < call.H; ++h) {
         auto of_row = zeros;
         for (std::int64_t w = 0; w < call.W; ++w) {
-          of_row = of_row + (load_several<kCount, Vec>(pixel<Io>(call.x, n, h, w) + c, lanes) - offset);
+          of_row = of_row + (load_array<kCount, Vec>(pixel<Io>(call.x, n, h, w) + c, lanes) - offset);
         }
         sum = sum + of_row;
       }
       return sum / pixels;
     };
     const auto mean = mean_without(zeros);
-    store_several(to + c, mean + mean_without(mean), lanes);
+    store_array(to + c, mean + mean_without(mean), lanes);
   });
 }
 

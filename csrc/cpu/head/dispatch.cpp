@@ -1,4 +1,4 @@
-// A classifier's head: its steps one after the other, each on all threads, and which instruction set runs them.
+// A classifier's head: its steps one after the other, each on all threads.
 #include "../linear/arguments.h"
 #include "../select_kernels.h"
 #include "../simd/convert.h"
@@ -20,7 +20,7 @@ struct Layout {
   std::int64_t total;
 };
 
-Layout lay_out(const HeadCall& call, int lanes) {
+Layout make_layout(const HeadCall& call, int lanes) {
   Layout at{};
   const auto take = [&](std::int64_t* offset, std::int64_t count) {
     *offset = at.total;
@@ -40,14 +40,14 @@ Layout lay_out(const HeadCall& call, int lanes) {
 
 }  // namespace
 
-std::int64_t head_workspace_bytes(const HeadCall& call) { return lay_out(call, kernels().lanes).total * 4 + kLine; }
+std::int64_t head_workspace_bytes(const HeadCall& call) { return make_layout(call, kernels().lanes).total * 4 + kLine; }
 
 void head_forward(const HeadCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
   if (call.N == 0) return;
   const HeadKernels& k = kernels();
-  const Layout at = lay_out(call, k.lanes);
+  const Layout at = make_layout(call, k.lanes);
   auto* base = reinterpret_cast<float*>(align_up(workspace));
-  // Parameters that are read as vectors; 0 up to the end of the last one.
+  // Converts a parameter to fp32, padded with zeros to whole vectors.
   const auto vector = [&](std::int64_t offset, const void* from, std::int64_t count, float missing) {
     float* to = base + offset;
     with_element_type(call.parameter_dtype, [&](auto element) {
@@ -61,8 +61,8 @@ void head_forward(const HeadCall& call, int num_threads, void* workspace, Parall
   const auto product = [&](const HeadLinear& fc, std::int64_t bias_at, std::int64_t inputs, std::int64_t outputs,
                            const float* from, Act act, float* to) {
     const float* bias = vector(bias_at, fc.bias, outputs, 0.0f);
-    dots({call.N, outputs, inputs, from, inputs, fc.weight, fc.step, call.parameter_dtype, bias, act, to}, num_threads,
-         parallel_for);
+    gemm_nt({call.N, outputs, inputs, from, inputs, fc.weight, fc.ldb, call.parameter_dtype, bias, act, to},
+            num_threads, parallel_for);
   };
 
   const float *weight = vector(at.norm_weight, call.norm.weight, call.C, 1.0f),

@@ -1,4 +1,4 @@
-// A classifier's head: what one translation unit per instruction set offers to head_dispatch.cpp. Plain data; no
+// A classifier's head: what one translation unit per instruction set offers to dispatch.cpp. Plain data; no
 // template, no STL.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The launch interface of the matrix products of linear layers: plain data, no torch.
+// The launch interface of the matrix products of linear layers: no torch.
 #pragma once
 
 #include <cstdint>
@@ -21,21 +21,21 @@ struct MatmulCall {
   float* row_sums;    // [M], or null; a_m is 1
 };
 
-// out[m][n] = act(bias[n] + sum_k a[m][k] * b[n][k]), sums in fp32: both factors have their terms in a row
-struct DotsCall {
+// out[m][n] = act(bias[n] + sum_k a[m][k] * b[n][k]), sums in fp32; k is contiguous in both factors
+struct GemmNtCall {
   std::int64_t M, N, K;
   const float* a;
-  std::int64_t a_step;  // elements from row to row
+  std::int64_t lda;  // row pitch in elements
   const void* b;
-  std::int64_t b_step;
+  std::int64_t ldb;
   DType b_dtype;      // kFloat32 or kBFloat16
   const float* bias;  // [N], or null
   Act act;
   float* out;  // [M][N]
 };
 
-// The same product, of a_k and b_k of 1, and no row sums.
-inline DotsCall dots_of(const MatmulCall& call) {
+// The same product; a_k and b_k must be 1, row_sums null.
+inline GemmNtCall as_gemm_nt(const MatmulCall& call) {
   return {call.M,   call.N,          call.K,    call.a,         call.a_m, call.b,
           call.b_n, DType::kFloat32, call.bias, Act::kIdentity, call.out};
 }
@@ -46,11 +46,11 @@ namespace mambaout_kernels::cpu {
 
 // Scratch memory in bytes, any alignment.
 std::int64_t matmul_workspace_bytes(const MatmulCall& call, int num_threads);
-// The same bits at every number of threads.
+// The result does not depend on num_threads, bit for bit.
 void matmul(const MatmulCall& call, int num_threads, void* workspace, ParallelFor parallel_for);
 
-// For a matrix b that is used once, a few times at most: it is read as it lies. The same bits at every number of
-// threads, and for every row, whatever the others.
-void dots(const DotsCall& call, int num_threads, ParallelFor parallel_for);
+// For few rows of a: b is not packed, but streamed once. The result depends neither on num_threads nor on the other
+// rows, bit for bit.
+void gemm_nt(const GemmNtCall& call, int num_threads, ParallelFor parallel_for);
 
 }  // namespace mambaout_kernels::cpu

@@ -1,6 +1,5 @@
-// One task of a matrix product whose factors both have their terms in a row: dot products of vectors of terms. Nothing
-// is brought into another order, so that weights used once are read once, as fast as memory gives them. Needs a
-// vec_*.h, activations.h and kernel_body.h before it.
+// One task of out = a * b^T with k contiguous in both factors: dot products of vectors of terms. Nothing is packed:
+// weights that are used once are read once, at the speed of memory. Needs activations.h and loops.h before it.
 #pragma once
 
 #include "kernels.h"
@@ -8,12 +7,13 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-// The sums of kM rows of a and kN of b, with the bias; `ahead` elements further on in b's rows is what comes next.
+// The sums of kM rows of a and kN of b, with the bias. Prefetches b `prefetch_distance` elements further on.
 template <int kM, int kN, typename Element>
-[[gnu::noinline]] void dot_tile(const DotsCall& call, std::int64_t m, std::int64_t n, std::int64_t ahead) {
+[[gnu::noinline]] void gemm_nt_tile(const GemmNtCall& call, std::int64_t m, std::int64_t n,
+                                    std::int64_t prefetch_distance) {
   constexpr int L = Vec::kLanes;
-  const float* a = call.a + m * call.a_step;
-  const Element* b = static_cast<const Element*>(call.b) + n * call.b_step;
+  const float* a = call.a + m * call.lda;
+  const Element* b = static_cast<const Element*>(call.b) + n * call.ldb;
   Vec sums[kM][kN];
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i) {
@@ -23,10 +23,10 @@ template <int kM, int kN, typename Element>
   const auto add = [&](const auto& load_at) {
     Vec right[kN];
 #pragma GCC unroll 8
-    for (int j = 0; j < kN; ++j) right[j] = load_at(b + j * call.b_step);
+    for (int j = 0; j < kN; ++j) right[j] = load_at(b + j * call.ldb);
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
-      const Vec left = load_at(a + i * call.a_step);
+      const Vec left = load_at(a + i * call.lda);
 #pragma GCC unroll 8
       for (int j = 0; j < kN; ++j) sums[i][j] = fma(left, right[j], sums[i][j]);
     }
@@ -35,7 +35,7 @@ template <int kM, int kN, typename Element>
   for (; k + L <= call.K; k += L) {
     if (k * sizeof(Element) % 64 == 0) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kN; ++j) __builtin_prefetch(b + j * call.b_step + k + ahead, 0, 2);
+      for (int j = 0; j < kN; ++j) __builtin_prefetch(b + j * call.ldb + k + prefetch_distance, 0, 2);
     }
     add([&](const auto* from) { return load(from + k); });
   }
@@ -50,35 +50,35 @@ template <int kM, int kN, typename Element>
 }
 
 template <int kN, typename Element>
-inline void dot_rows(const DotsCall& call, std::int64_t n) {
-  const std::int64_t ahead = n + 2 * kN <= call.N ? kN * call.b_step : 0;
+inline void gemm_nt_rows(const GemmNtCall& call, std::int64_t n) {
+  const std::int64_t prefetch_distance = n + 2 * kN <= call.N ? kN * call.ldb : 0;
   std::int64_t m = 0;
-  for (; m + 4 <= call.M; m += 4) dot_tile<4, kN, Element>(call, m, n, m == 0 ? ahead : 0);
-  for (; m < call.M; ++m) dot_tile<1, kN, Element>(call, m, n, m == 0 ? ahead : 0);
+  for (; m + 4 <= call.M; m += 4) gemm_nt_tile<4, kN, Element>(call, m, n, m == 0 ? prefetch_distance : 0);
+  for (; m < call.M; ++m) gemm_nt_tile<1, kN, Element>(call, m, n, m == 0 ? prefetch_distance : 0);
 }
 
-// Rows of b at a time: as many sums as the multipliers have in the making, for a single row of a.
+// kWide rows of b at a time: enough accumulators to hide FMA latency for a single row of a.
 template <typename Element>
-inline void dot_columns(const DotsTask& task) {
+inline void gemm_nt_columns(const GemmNtTask& task) {
   constexpr int kWide = Vec::kLanes == 16 ? 4 : 2;
   std::int64_t n = task.n0;
-  for (; n + kWide <= task.n1; n += kWide) dot_rows<kWide, Element>(*task.call, n);
-  for (; n < task.n1; ++n) dot_rows<1, Element>(*task.call, n);
+  for (; n + kWide <= task.n1; n += kWide) gemm_nt_rows<kWide, Element>(*task.call, n);
+  for (; n < task.n1; ++n) gemm_nt_rows<1, Element>(*task.call, n);
 }
 
 template <Act act>
-void activate_columns(const DotsTask& task) {
+void activate_columns(const GemmNtTask& task) {
   for (std::int64_t m = 0; m < task.call->M; ++m) {
     float* row = task.call->out + m * task.call->N + task.n0;
     for_each_vectors<Vec>(task.n1 - task.n0, [&](std::int64_t n, auto count, int lanes) {
       constexpr int kCount = decltype(count)::value;
-      store_several(row + n, GateOf<act, float>::value(load_several<kCount, Vec>(row + n, lanes)), lanes);
+      store_array(row + n, GateOf<act, float>::value(load_array<kCount, Vec>(row + n, lanes)), lanes);
     });
   }
 }
 
-inline void run_dots(const DotsTask& task) {
-  task.call->b_dtype == DType::kBFloat16 ? dot_columns<BFloat16>(task) : dot_columns<float>(task);
+inline void run_gemm_nt(const GemmNtTask& task) {
+  task.call->b_dtype == DType::kBFloat16 ? gemm_nt_columns<BFloat16>(task) : gemm_nt_columns<float>(task);
   switch (task.call->act) {
     case Act::kGelu: return activate_columns<Act::kGelu>(task);
     case Act::kGeluTanh: return activate_columns<Act::kGeluTanh>(task);

@@ -1,4 +1,4 @@
-// How many multiply-adds the calling thread does in a second.
+// Measures the peak multiply-adds per second of the calling thread.
 #include <algorithm>
 #include <chrono>
 
@@ -9,13 +9,13 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
-constexpr std::int64_t kPasses = 4096;  // between two looks at the clock: 10 us and more
+constexpr std::int64_t kPasses = 4096;  // between two readings of the clock: 10 us and more
 
 }  // namespace
 
-double fma_flops(DType multiplied, double seconds) {
+double fma_flops(DType compute_dtype, double seconds) {
   using Clock = std::chrono::steady_clock;
-  const PeakKernel* kernel = select_kernels<PeakKernel>(multiplied);
+  const PeakKernel* kernel = select_kernels<PeakKernel>(compute_dtype);
   if (kernel == nullptr) return 0.0;
   volatile float result = kernel->run(kPasses);  // the clock rate rises, and pages are there, before time counts
   const auto start = Clock::now();

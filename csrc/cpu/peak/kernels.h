@@ -1,4 +1,4 @@
-// The most multiply-adds a core does: what one translation unit per instruction set offers to peak.cpp. Plain data; no
+// Peak multiply-adds: what one translation unit per instruction set offers to dispatch.cpp. Plain data; no
 // template, no STL.
 #pragma once
 
@@ -11,10 +11,10 @@ struct PeakKernel {
   float (*run)(std::int64_t passes);
 
   // See select_kernels.h.
-  static const PeakKernel* portable(DType multiplied);
-  static const PeakKernel* avx2(DType multiplied);
-  static const PeakKernel* avx512(DType multiplied);
-  static const PeakKernel* avx512_bf16(DType multiplied);
+  static const PeakKernel* portable(DType compute_dtype);
+  static const PeakKernel* avx2(DType compute_dtype);
+  static const PeakKernel* avx512(DType compute_dtype);
+  static const PeakKernel* avx512_bf16(DType compute_dtype);
 };
 
 }  // namespace mambaout_kernels::cpu

@@ -1,4 +1,4 @@
-// act(x) and act'(x) on a vector, or on Several. Needs a vec_*.h before it.
+// act(x) and act'(x) on a vector or a VecArray. Needs a vec_*.h before it.
 //
 // gelu and its tanh form are looked up as piecewise polynomials (activation_tables.h);
 // silu = x / (1 + exp(-x)).
@@ -16,7 +16,7 @@ template <typename Table, typename X>
 [[gnu::always_inline]] inline X piecewise(const X& a) {
   const X clamped = min(a, broadcast(Table::kLimit));
   const auto piece = round_product(clamped, broadcast(Table::kInverseWidth));
-  const X offset = fma(whole(piece), broadcast(-Table::kWidth), clamped);
+  const X offset = fma(to_float(piece), broadcast(-Table::kWidth), clamped);
   X result = lookup(Table::kCoefficients[Table::kDegree], piece);
 #pragma GCC unroll 16
   for (int power = Table::kDegree - 1; power >= 0; --power) {
@@ -44,7 +44,7 @@ template <typename X>
   const X y = max(min(broadcast(0.0f) - x, broadcast(88.0f)), broadcast(-88.0f));
   const auto n = round_product(y, broadcast(1.44269504f));
   // ln 2 in two parts: n times the first is exact
-  const X r = fma(whole(n), broadcast(-1.428606765e-6f), fma(whole(n), broadcast(-0.693145752f), y));
+  const X r = fma(to_float(n), broadcast(-1.428606765e-6f), fma(to_float(n), broadcast(-0.693145752f), y));
   X p = fma(r, broadcast(1.0f / 5040), broadcast(1.0f / 720));
   p = fma(p, r, broadcast(1.0f / 120));
   p = fma(p, r, broadcast(1.0f / 24));
@@ -127,8 +127,8 @@ struct Gate<Act::kIdentity, kHalf> {
   }
   static Vec slope(Vec) { return broadcast(1.0f); }
   template <int kCount>
-  static Several<Vec, kCount> slope(const Several<Vec, kCount>&) {
-    return each<kCount>([](int) { return broadcast(1.0f); });
+  static VecArray<Vec, kCount> slope(const VecArray<Vec, kCount>&) {
+    return map<kCount>([](int) { return broadcast(1.0f); });
   }
 };
 

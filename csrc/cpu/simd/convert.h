@@ -1,4 +1,4 @@
-// Scalar conversions of the storage types, for what is too small to vectorise: weights and their gradients.
+// Scalar conversions of the storage types, for small tensors: weights and their gradients.
 #pragma once
 
 #include <cstdint>

@@ -11,9 +11,9 @@ namespace {
 struct Vec {
   using Scalar = float;
   static constexpr int kLanes = 8;
-  static constexpr int kTileW = 7;     // 7 sums, 7 weights, 1 pixel of 16 registers
-  static constexpr int kPairW = 0;     // two rows at once do not fit
-  static constexpr int kTogether = 2;  // vectors of gates, worked off side by side
+  static constexpr int kTileW = 7;   // 7 sums, 7 weights, 1 pixel of 16 registers
+  static constexpr int kPairW = 0;   // two rows at once do not fit
+  static constexpr int kUnroll = 2;  // vectors of gates side by side
   __m256 v;
 };
 
@@ -46,7 +46,7 @@ inline Rounded round_product(Vec a, Vec b) {
   return {sum - magic, _mm256_castps_si256(sum.v)};
 }
 
-inline Vec whole(Rounded rounded) { return rounded.value; }
+inline Vec to_float(Rounded rounded) { return rounded.value; }
 // 2^n for n in [-127, 127]; 2^-127 gives 0.
 inline Vec power_of_two(Rounded n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.index, _mm256_set1_epi32(127)), 23))};

@@ -11,9 +11,9 @@ namespace {
 struct Vec {
   using Scalar = float;
   static constexpr int kLanes = 16;
-  static constexpr int kTileW = 14;    // of one row: 14 sums, 7 weights, 1 pixel of 32 registers
-  static constexpr int kPairW = 7;     // of two rows at once: 14 sums, 14 weights, 1 pixel
-  static constexpr int kTogether = 4;  // vectors of gates, worked off side by side
+  static constexpr int kTileW = 14;  // of one row: 14 sums, 7 weights, 1 pixel of 32 registers
+  static constexpr int kPairW = 7;   // of two rows at once: 14 sums, 14 weights, 1 pixel
+  static constexpr int kUnroll = 4;  // vectors of gates side by side
   __m512 v;
 };
 
@@ -44,7 +44,7 @@ inline Rounded round_product(Vec a, Vec b) {
   return {sum - magic, _mm512_castps_si512(sum.v)};
 }
 
-inline Vec whole(Rounded rounded) { return rounded.value; }
+inline Vec to_float(Rounded rounded) { return rounded.value; }
 // 2^n for n in [-127, 127]; 2^-127 gives 0.
 inline Vec power_of_two(Rounded n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.index, _mm512_set1_epi32(127)), 23))};

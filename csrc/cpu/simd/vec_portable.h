@@ -13,9 +13,9 @@ template <typename ScalarType>
 struct Lanes {
   using Scalar = ScalarType;
   static constexpr int kLanes = 16 / sizeof(Scalar);
-  static constexpr int kTileW = 7;     // 7 sums, 7 weights, 1 pixel of 16 registers
-  static constexpr int kPairW = 0;     // two rows at once do not fit
-  static constexpr int kTogether = 1;  // vectors of gates, worked off side by side
+  static constexpr int kTileW = 7;   // 7 sums, 7 weights, 1 pixel of 16 registers
+  static constexpr int kPairW = 0;   // two rows at once do not fit
+  static constexpr int kUnroll = 1;  // vectors of gates side by side
   typedef Scalar Vector __attribute__((vector_size(16)));
   Vector v;
 };
@@ -85,7 +85,7 @@ inline Rounded round_product(Vec a, Vec b) {
   const Vec magic = broadcast(12582912.0f), value = fma(a, b, magic) - magic;
   return {value, __builtin_convertvector(value.v, IntVector)};
 }
-inline Vec whole(Rounded rounded) { return rounded.value; }
+inline Vec to_float(Rounded rounded) { return rounded.value; }
 // 2^n for n in [-127, 127]; 2^-127 gives 0.
 inline Vec power_of_two(Rounded n) {
   const IntVector bits = (n.index + 127) << 23;
