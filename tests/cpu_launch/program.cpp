@@ -1,5 +1,5 @@
-// Calls the launch interface of csrc/cpu, without torch or Python: calls from standard input, one after the other, each
-// with its tensors; what it wrote to standard output. launch.py speaks to it.
+// Calls the launch interface of csrc/cpu, without torch or Python: calls from standard input, one after the other,
+// each with its tensors; what it wrote to standard output. launch.py speaks to it.
 //
 // Every tensor has exactly the memory it needs. Under a sanitizer that is the heap; otherwise pages of its own between
 // two that no access survives, at the end of its pages or at their begin: masked vector loads and stores, which
@@ -206,15 +206,6 @@ class Unpacked {
   Memory memory_;
 };
 
-// Unpacks under another instruction set than packed: the format says all.
-template <typename Unpack>
-void unpack_elsewhere(const Unpack& unpack) {
-  const cpu::Isa isa = cpu::current_isa();
-  cpu::set_isa(cpu::Isa::kPortable);
-  unpack();
-  cpu::set_isa(isa);
-}
-
 void run_block(const Call& call) {
   const bool at_begin = call.at_begin != 0;
   const int threads = static_cast<int>(call.threads);
@@ -229,23 +220,23 @@ void run_block(const Call& call) {
   if (!cpu::block_supports(block.shape.compute_dtype)) fail("the block does not multiply this dtype here");
   const Input x(at_begin), norm_weight(at_begin), norm_bias(at_begin), fc1_weight(at_begin), fc1_bias(at_begin),
       conv_weight(at_begin), conv_bias(at_begin), fc2_weight(at_begin), fc2_bias(at_begin), scale(at_begin);
-  const cpu::PackedFormat format = cpu::block_packed_format(block.shape);
-  const Memory packed(cpu::block_packed_bytes(block.shape, format), at_begin, 64);
-  cpu::pack_block(block.shape,
-                  {norm_weight.floats(), norm_bias.floats(), fc1_weight.floats(), fc1_bias.floats(),
-                   conv_weight.floats(), conv_bias.floats(), fc2_weight.floats(), fc2_bias.floats(), scale.floats()},
-                  packed.data());
-  {
+  const Memory packed(cpu::block_packed_bytes(block.shape, cpu::block_packed_format(block.shape)), at_begin, 64);
+  const GatedCnnBlockParameters parameters{norm_weight.floats(), norm_bias.floats(),   fc1_weight.floats(),
+                                           fc1_bias.floats(),    conv_weight.floats(), conv_bias.floats(),
+                                           fc2_weight.floats(),  fc2_bias.floats(),    scale.floats()};
+  cpu::pack_block(block.shape, parameters, packed.data());
+  for (const cpu::PackedFormat format : cpu::kPackedFormats) {
     const std::int64_t dim = call.dim, D = call.D, C = call.C, taps = call.K * call.K;
     const Unpacked norm_weights(dim, at_begin), norm_biases(dim, at_begin), fc1_weights(2 * D * dim, at_begin),
         fc1_biases(2 * D, at_begin), conv_weights(C * taps, at_begin), conv_biases(C, at_begin),
         fc2_weights(dim * D, at_begin), fc2_biases(dim, at_begin), scales(dim, at_begin);
-    unpack_elsewhere([&] {
-      cpu::unpack_block(
-          block.shape, format, packed.data(),
-          {norm_weights.floats(), norm_biases.floats(), fc1_weights.floats(), fc1_biases.floats(),
-           conv_weights.floats(), conv_biases.floats(), fc2_weights.floats(), fc2_biases.floats(), scales.floats()});
-    });
+    const Memory bytes(cpu::block_packed_bytes(block.shape, format), at_begin, 64);
+    cpu::pack_block(block.shape, format, parameters, bytes.data());
+    cpu::unpack_block(
+        block.shape, format, bytes.data(),
+        {norm_weights.floats(), norm_biases.floats(), fc1_weights.floats(), fc1_biases.floats(), conv_weights.floats(),
+         conv_biases.floats(), fc2_weights.floats(), fc2_biases.floats(), scales.floats()});
+    bytes.check();
     const bool bf16 = format.element_bytes == 2;
     norm_weights.check(norm_weight, 1);
     norm_biases.check(norm_bias, 0);
@@ -285,17 +276,17 @@ void run_conv3x3s2(const Call& call) {
                 static_cast<DType>(call.compute_dtype)};
   if (!cpu::conv3x3s2_supports(conv.shape.compute_dtype)) fail("conv3x3s2 does not multiply this dtype here");
   const Input x(at_begin), weight(at_begin), bias(at_begin), norm_weight(at_begin), norm_bias(at_begin);
-  const cpu::PackedFormat format = cpu::conv3x3s2_packed_format(conv.shape);
-  const Memory packed(cpu::conv3x3s2_packed_bytes(conv.shape, format), at_begin, 64);
-  cpu::pack_conv3x3s2(conv.shape, {weight.floats(), bias.floats(), norm_weight.floats(), norm_bias.floats()},
-                      packed.data());
-  {
+  const Memory packed(cpu::conv3x3s2_packed_bytes(conv.shape, cpu::conv3x3s2_packed_format(conv.shape)), at_begin, 64);
+  const Conv3x3s2Parameters parameters{weight.floats(), bias.floats(), norm_weight.floats(), norm_bias.floats()};
+  cpu::pack_conv3x3s2(conv.shape, parameters, packed.data());
+  for (const cpu::PackedFormat format : cpu::kPackedFormats) {
     const Unpacked weights(call.D * call.dim * 9, at_begin), biases(call.D, at_begin), norm_weights(call.D, at_begin),
         norm_biases(call.D, at_begin);
-    unpack_elsewhere([&] {
-      cpu::unpack_conv3x3s2(conv.shape, format, packed.data(),
-                            {weights.floats(), biases.floats(), norm_weights.floats(), norm_biases.floats()});
-    });
+    const Memory bytes(cpu::conv3x3s2_packed_bytes(conv.shape, format), at_begin, 64);
+    cpu::pack_conv3x3s2(conv.shape, format, parameters, bytes.data());
+    cpu::unpack_conv3x3s2(conv.shape, format, bytes.data(),
+                          {weights.floats(), biases.floats(), norm_weights.floats(), norm_biases.floats()});
+    bytes.check();
     weights.check(weight, 0, format.element_bytes == 2);
     biases.check(bias, 0);
     norm_weights.check(norm_weight, 1);

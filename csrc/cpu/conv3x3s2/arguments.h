@@ -51,11 +51,13 @@ namespace mambaout_kernels::cpu {
 // Whether the instruction set in use multiplies this dtype: fp32 always, bf16 with avx512_bf16.
 bool conv3x3s2_supports(DType compute_dtype);
 
-// Parameters are packed in the format of the instruction set in use; a call reads that format only, and the caller
-// compares. A pack of any of kPackedFormats can be unpacked: what is left out was packed as 1 (weights of the norm)
-// or 0, and bf16 panels give back what they were rounded to. Packed memory is 64-byte aligned.
+// A call reads parameters in the format of the instruction set in use, conv3x3s2_packed_format; the caller compares.
+// Packing and unpacking work for each of kPackedFormats on any processor: what is left out is packed as 1 (weights of
+// the norm) or 0, and bf16 panels give back what they were rounded to. Packed memory is 64-byte aligned.
 PackedFormat conv3x3s2_packed_format(const Conv3x3s2Shape& shape);
 std::int64_t conv3x3s2_packed_bytes(const Conv3x3s2Shape& shape, PackedFormat format);
+void pack_conv3x3s2(const Conv3x3s2Shape& shape, PackedFormat format, const Conv3x3s2Parameters& parameters,
+                    void* packed);
 void pack_conv3x3s2(const Conv3x3s2Shape& shape, const Conv3x3s2Parameters& parameters, void* packed);
 void unpack_conv3x3s2(const Conv3x3s2Shape& shape, PackedFormat format, const void* packed,
                       const MutableConv3x3s2Parameters& parameters);

@@ -95,7 +95,11 @@ std::int64_t conv3x3s2_packed_bytes(const Conv3x3s2Shape& shape, PackedFormat fo
 }
 
 void pack_conv3x3s2(const Conv3x3s2Shape& shape, const Conv3x3s2Parameters& parameters, void* packed) {
-  const PackedFormat format = conv3x3s2_packed_format(shape);
+  pack_conv3x3s2(shape, conv3x3s2_packed_format(shape), parameters, packed);
+}
+
+void pack_conv3x3s2(const Conv3x3s2Shape& shape, PackedFormat format, const Conv3x3s2Parameters& parameters,
+                    void* packed) {
   const Conv3x3s2Layout at = make_layout(shape, format);
   std::memset(packed, 0, at.total);
   move_parameters(shape, at, PackedParameters<const float>(format, static_cast<char*>(packed)), parameters);

@@ -52,11 +52,13 @@ namespace mambaout_kernels::cpu {
 // Whether the instruction set in use multiplies this dtype: fp32 always, bf16 with avx512_bf16.
 bool block_supports(DType compute_dtype);
 
-// Parameters are packed in the format of the instruction set in use; a call reads that format only, and the caller
-// compares. A pack of any of kPackedFormats can be unpacked: what is left out was packed as 1 (weights of the norm,
-// scale) or 0, and bf16 panels give back what they were rounded to. Packed memory is 64-byte aligned.
+// A call reads parameters in the format of the instruction set in use, block_packed_format; the caller compares.
+// Packing and unpacking work for each of kPackedFormats on any processor: what is left out is packed as 1 (weights of
+// the norm, scale) or 0, and bf16 panels give back what they were rounded to. Packed memory is 64-byte aligned.
 PackedFormat block_packed_format(const GatedCnnBlockShape& shape);
 std::int64_t block_packed_bytes(const GatedCnnBlockShape& shape, PackedFormat format);
+void pack_block(const GatedCnnBlockShape& shape, PackedFormat format, const GatedCnnBlockParameters& parameters,
+                void* packed);
 void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters, void* packed);
 void unpack_block(const GatedCnnBlockShape& shape, PackedFormat format, const void* packed,
                   const MutableGatedCnnBlockParameters& parameters);

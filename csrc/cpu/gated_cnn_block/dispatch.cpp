@@ -195,7 +195,11 @@ std::int64_t block_packed_bytes(const GatedCnnBlockShape& shape, PackedFormat fo
 }
 
 void pack_block(const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters, void* packed) {
-  const PackedFormat format = block_packed_format(shape);
+  pack_block(shape, block_packed_format(shape), parameters, packed);
+}
+
+void pack_block(const GatedCnnBlockShape& shape, PackedFormat format, const GatedCnnBlockParameters& parameters,
+                void* packed) {
   const BlockLayout at = make_layout(shape, format);
   std::memset(packed, 0, at.total);
   move_parameters(shape, at, PackedParameters<const float>(format, static_cast<char*>(packed)), parameters);
