@@ -7,14 +7,21 @@ NATIVE := $(wildcard $(foreach depth,* */* */*/*,$(addprefix csrc/$(depth),.h .c
 BENCH_OUT ?= benchmarks/results
 CPP := '*.h' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: bench test nightly processors sanitize lint format abi gpu-acceptance clean
+# Tests by file on two processes; no test asserts a time.
+PARALLEL := -n 2 --dist loadfile
+
+.PHONY: bench test test-fast nightly processors sanitize lint docs format abi gpu-acceptance clean
 
 bench: $(READY)
 	$(RUN) -m mambaout_kernels bench main --out $(BENCH_OUT)
 
 test: $(READY)
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests $(PARALLEL)
 	@if [ -d tests/triton_interpreter ]; then TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter; fi
+
+# While working: of every test its first case, without those that build, start other runtimes or take seconds.
+test-fast: $(READY)
+	$(RUN) -m pytest tests --fast $(PARALLEL)
 
 # Ten times as many generated cases as make test, and tensors beyond 2^31 elements (some 14 GiB of memory).
 nightly: $(READY)
@@ -23,7 +30,7 @@ nightly: $(READY)
 
 # Every comparison with eager again, eager held to what other processors have; the kernels run on all that this one has.
 # A setting beyond the processor changes nothing. inductor refuses to go with some of them.
-NUMERICS = $(shell grep -lE 'assert_(model_)?accurate|check_(backend|outputs)' tests/test_*.py)
+NUMERICS = $(shell grep -lE 'assert_(model_)?accurate|check_(backend|outputs)' -r tests --include=test_*.py --exclude-dir=triton_interpreter)
 processors: $(READY)
 	@set -e; for isa in "default SSE41 SSE4_2" "avx2 AVX2 AVX2" "avx512 AVX512_CORE AVX512"; do set -- $$isa; \
 	  echo "eager on $$1"; \
@@ -31,13 +38,17 @@ processors: $(READY)
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: tests/cpu_launch.
 sanitize: $(READY)
-	$(RUN) -m pytest tests/test_cpu_launch.py -m "sanitize or not sanitize"
+	$(RUN) -m pytest tests/csrc/test_cpu_launch.py -m "sanitize or not sanitize"
 
-lint: $(READY)
+lint: $(READY) docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files $(CPP))
+
+# The pages of docs/ with the API reference, in build/site. A broken link or a name that is not there is an error.
+docs: $(READY)
+	$(VENV)/bin/mkdocs build --strict
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -16,7 +16,7 @@ from torch import Tensor
 from mambaout_kernels import backends
 from mambaout_kernels.benchmarking import accuracy, error_bounds, shapes
 from mambaout_kernels.benchmarking.inputs import enlivened
-from mambaout_kernels.block import FusedGatedCNNBlock
+from mambaout_kernels.nn.block import FusedGatedCNNBlock
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 ALIGNED, ODD = (2, 14, 14, 256, 96), (2, 9, 11, 41, 17)  # N, H, W, D, C

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import mambaout_kernels as mk
-from mambaout_kernels.checkpoints import load_checkpoint
+from mambaout_kernels.weights.checkpoints import load_checkpoint
 
 
 class Backbone(nn.Module):

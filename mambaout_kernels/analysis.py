@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import backends
-from .causal import causal_taps
 from .models import VARIANTS, create_model
+from .nn.causal import causal_taps
 
 # Table 1 of arXiv 2405.07992: parameters in millions, MACs in 1e9 at 224 x 224.
 PAPER = {

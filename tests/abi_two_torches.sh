@@ -15,9 +15,9 @@ import hashlib, itertools, sys, warnings
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch
 from mambaout_kernels import _C, FusedGatedCNNBlock, backends, gated_dwconv
-from mambaout_kernels.linear import linear
-from mambaout_kernels.models import Downsample
-from mambaout_kernels.block import LAYER_NORM
+from mambaout_kernels.ops.linear import linear
+from mambaout_kernels.nn.downsample import Downsample
+from mambaout_kernels.nn.block import LAYER_NORM
 from mambaout_kernels.reference import ACTIVATIONS
 
 assert _C.__file__.startswith(sys.argv[1]), _C.__file__

@@ -19,6 +19,37 @@ settings.load_profile("usual")
 ISAS = [] if cpu.module is None else cpu.module.supported_cpu_capabilities()
 
 
+# What builds, compiles, starts processes or other runtimes, times, or generates cases: files and tests that are not in
+# make test-fast.
+SLOW = (
+    "test_beyond_int32", "test_build", "test_compilers", "test_complaints", "test_concurrency", "test_cpu_launch",
+    "test_cuda_binding", "test_cuda_build", "test_cuda_host", "test_distributed", "test_docs", "test_examples",
+    "test_fallback_install", "test_generated", "test_gpu_acceptance", "test_peers", "test_timm",
+    "test_triton_variants", "test_wheel",
+    "test_aotinductor", "test_bench_block_measures_memory", "test_bench_model_on_photographs",
+    "test_bench_writes_what_it_measured", "test_environment_variable", "test_memory_of_an_inference",
+    "test_the_table_is_what_the_machine_code_predicts", "test_unpickles_in_another_process",
+)  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="of every test its first case, without the slow files")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--fast"):
+        return
+    first, chosen, others = set(), [], []
+    for item in items:
+        function = getattr(item, "originalname", item.name)
+        name = (item.path, getattr(item, "cls", None), function)
+        wanted = name not in first and not {item.path.stem, function} & {*SLOW}
+        first.add(name)
+        (chosen if wanted else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
@@ -36,17 +67,37 @@ def isa(request):
     cpu.module.set_cpu_capability(before)
 
 
-def pytest_terminal_summary(terminalreporter):
+def counts() -> list[str]:
+    """What this process called and compared, in words."""
+    lines = []
     host = sys.modules.get("cuda_host.host")
     if host is not None and host.CALLS:
         calls = ", ".join(f"{host.CALLS[check]} {check}" for check in host.CHECKS)
-        terminalreporter.write_line(f"CUDA kernels called on the CPU, by check: {calls}")
+        lines.append(f"CUDA kernels called on the CPU, by check: {calls}")
     generated, numerics = sys.modules.get("generated"), sys.modules.get("numerics")
     if generated is not None and generated.RUN:
-        for test, count in generated.RUN.items():
-            terminalreporter.write_line(f"{count:6} {test}")
+        lines += [f"{count:6} {test}" for test, count in generated.RUN.items()]
         compared, few = numerics.COMPARED.values()
-        terminalreporter.write_line(
+        lines.append(
             f"{generated.RUN.total()} generated cases ran to their end; {compared} tensors within their bounds, "
             f"{few} of them with too few errors to compare these with eager's"
         )
+    return lines
+
+
+_of_workers: list[str] = []
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["counts"] = counts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _of_workers.extend(getattr(node, "workeroutput", {}).get("counts", ()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in [*_of_workers, *counts()]:
+        terminalreporter.write_line(line)

@@ -19,9 +19,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from mambaout_kernels import patch, unpatch
-from mambaout_kernels.block import FusedGatedCNNBlock
-from mambaout_kernels.checkpoints import to_authors, to_timm
 from mambaout_kernels.models import create_model
+from mambaout_kernels.nn.block import FusedGatedCNNBlock
+from mambaout_kernels.weights.checkpoints import to_authors, to_timm
 
 STEPS, BATCH, CLASSES = 6, 8, 4
 

@@ -13,8 +13,8 @@ from numerics import Inputs, make_inputs
 from torch import Tensor, nn
 
 from mambaout_kernels import backends
-from mambaout_kernels.block import FusedGatedCNNBlock
-from mambaout_kernels.head import Head
+from mambaout_kernels.nn.block import FusedGatedCNNBlock
+from mambaout_kernels.nn.head import Head
 from mambaout_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import mambaout_kernels as mk
-from mambaout_kernels import whole_block
 from mambaout_kernels.backends import cpu
 from mambaout_kernels.benchmarking.inputs import enlivened
-from mambaout_kernels.block import LAYER_NORM
-from mambaout_kernels.models import Downsample, Stem
+from mambaout_kernels.nn.block import LAYER_NORM
+from mambaout_kernels.nn.downsample import Downsample, Stem
 
 pytestmark = [
     pytest.mark.nightly,
@@ -84,7 +83,7 @@ def test_block():
     block = enlivened(mk.FusedGatedCNNBlock(dim)).bfloat16().eval()
     x = rows(W, dim, 3)
     with torch.no_grad():
-        assert whole_block.applies(block, x)
+        block = mk.optimize_for_inference(block)
         check(block(repeated(x, PERIODS)), block(repeated(x, 3)))
 
 
@@ -92,7 +91,7 @@ def test_downsampling():
     W, channels, out_channels = 8193, 32, 16
     assert H * W * channels > 2**31
     needs(H * W * (channels + out_channels // 4))
-    module = enlivened(Downsample(channels, out_channels, False, LAYER_NORM)).bfloat16().eval()
+    module = mk.optimize_for_inference(enlivened(Downsample(channels, out_channels, False, LAYER_NORM)).bfloat16())
     x = rows(W, channels, 4)
     with torch.no_grad():
         check(module(repeated(x, PERIODS)), module(repeated(x, 3)), PERIOD // 2)
@@ -103,7 +102,7 @@ def test_stem_of_an_image_whose_channels_lie_apart():
     W, dim = 87400, 8
     assert 3 * H * W > 2**31
     needs(H * W * (2 * 3 + dim // 2 // 4 + 2))
-    module = enlivened(Stem(3, dim, True, LAYER_NORM, torch.nn.GELU)).bfloat16().eval()
+    module = mk.optimize_for_inference(enlivened(Stem(3, dim, True, LAYER_NORM, torch.nn.GELU)).bfloat16())
     image = rows(W, 3, 5).permute(0, 3, 1, 2).contiguous()  # (1, 3, PERIOD, W)
     with torch.no_grad():
         check(module(image.repeat(1, 1, PERIODS, 1)), module(image.repeat(1, 1, 3, 1)), PERIOD // 4)

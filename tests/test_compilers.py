@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mambaout_kernels import patch
-from mambaout_kernels.export import plain_aten, to_onnx
+from mambaout_kernels.integrations.export import plain_aten, to_onnx
 from mambaout_kernels.models import create_model
 
 

@@ -31,9 +31,11 @@ def images(n=2, seed=1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_eight_threads_call_one_model(model, dtype):
-    """At once from the first call on, so that they race to pack the parameters too."""
+@pytest.mark.parametrize("optimized", [False, True])
+def test_eight_threads_call_one_model(model, dtype, optimized):
     model.to(dtype)
+    if optimized:
+        model = mk.optimize_for_inference(model)
     given = [images(1 + i % 3, seed=i).to(dtype) for i in range(THREADS)]
     at_once = threading.Barrier(THREADS)
 
@@ -105,7 +107,7 @@ CHANGES = [in_place, through_data, through_numpy, replaced, loaded, stepped]
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_parameters_take_effect(model, change):
-    """The packed copy of the parameters is never older than they are."""
+    """Nothing that was made of the parameters is kept."""
     x = images()
     with torch.no_grad():
         before = model(x)
@@ -165,6 +167,7 @@ assert torch.equal(mk.gated_dwconv(u, w, b), here)
 INTERRUPTED = """
 import json, signal, sys, time, torch, mambaout_kernels as mk
 from mambaout_kernels.backends import cpu
+from mambaout_kernels.ops import conv3x3s2, gated_cnn_blocks
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell starts deaf to it
 calls = []  # of compiled ops: when they began
@@ -175,13 +178,16 @@ def logged(op):
         return op(*arguments)
     return call
 
-for name in ("gated_cnn_block", "downsample", "gated_dwconv", "gated_dwconv_backward"):
-    setattr(cpu, name, logged(getattr(cpu, name)))
+for module, name in (
+    (gated_cnn_blocks, "gated_cnn_blocks"), (conv3x3s2, "conv3x3s2"), (cpu, "gated_dwconv"),
+    (cpu, "gated_dwconv_backward"),
+):
+    setattr(module, name, logged(getattr(module, name)))
 model = mk.create_model("test_mambaout", num_classes=5)
+fast = mk.optimize_for_inference(model)
 
 def infer(x):
-    with torch.no_grad():
-        return [model.eval()(x)]
+    return [fast(x)]
 
 def train(x):
     model.zero_grad()
@@ -265,7 +271,7 @@ def test_an_interrupt_within_an_op_is_raised_when_it_returns():
 OUT_OF_MEMORY = """
 import resource, torch, mambaout_kernels as mk
 torch.set_num_threads(1)
-block = mk.FusedGatedCNNBlock(32).eval()
+block = mk.optimize_for_inference(mk.FusedGatedCNNBlock(32))
 x = torch.randn(1, 8, 8, 32)
 with torch.no_grad():
     first = block(x)

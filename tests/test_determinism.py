@@ -1,21 +1,23 @@
 """The same bits in every run, at every number of threads, and for an image whatever it comes with.
 
-The op's own on every shape of task are in test_cpu_kernels.py; these are of whole calls: op, whole block, stem,
-downsampling, model.
+The op's own on every shape of task are in test_cpu_kernels.py; these are of whole calls: op, and on
+packed weights block, stem, downsampling, model.
 """
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
 from numerics import OUTPUTS, Inputs, assert_accurate, expected_of, make_inputs
 from torch import nn
+from watch import Watch
 
 import mambaout_kernels as mk
 from mambaout_kernels.backends import cpu
 from mambaout_kernels.benchmarking.inputs import enlivened
-from mambaout_kernels.block import LAYER_NORM
-from mambaout_kernels.models import Downsample, Stem
+from mambaout_kernels.nn.block import LAYER_NORM
+from mambaout_kernels.nn.downsample import Downsample, Stem
 
 if cpu.unavailable():
     pytest.skip(str(cpu.unavailable()), allow_module_level=True)
@@ -36,52 +38,39 @@ def image(*size):
     return torch.randn(5, *size, generator=torch.Generator().manual_seed(2))
 
 
-# What runs as one op for inference, and a model of them.
+# What runs as one op for inference, and a model of them; how often which op runs.
 PARTS = {
-    "block": (lambda: mk.FusedGatedCNNBlock(48, ls_init_value=0.5), image(19, 23, 48), {"gated_cnn_block": 1}),
-    "wide block": (lambda: mk.FusedGatedCNNBlock(20, kernel_size=3), image(4, 170, 20), {"gated_cnn_block": 1}),
-    "stem": (lambda: Stem(3, 40, True, LAYER_NORM, nn.GELU), image(3, 37, 50), {"downsample": 2}),
-    "stem without norm": (lambda: Stem(3, 40, False, LAYER_NORM, nn.SiLU), image(3, 37, 50), {"downsample": 2}),
-    "downsample": (lambda: Downsample(40, 72, False, LAYER_NORM), image(19, 23, 40), {"downsample": 1}),
-    "downsample, norm first": (lambda: Downsample(40, 72, True, LAYER_NORM), image(19, 23, 40), {"downsample": 1}),
+    "block": (lambda: mk.FusedGatedCNNBlock(48, ls_init_value=0.5), image(19, 23, 48), {"gated_cnn_blocks": 1}),
+    "wide block": (lambda: mk.FusedGatedCNNBlock(20, kernel_size=3), image(4, 170, 20), {"gated_cnn_blocks": 1}),
+    "stem": (lambda: Stem(3, 40, True, LAYER_NORM, nn.GELU), image(3, 37, 50), {"conv3x3s2": 2}),
+    "stem without norm": (lambda: Stem(3, 40, False, LAYER_NORM, nn.SiLU), image(3, 37, 50), {"conv3x3s2": 2}),
+    "downsample": (lambda: Downsample(40, 72, False, LAYER_NORM), image(19, 23, 40), {"conv3x3s2": 1}),
+    "downsample, norm first": (lambda: Downsample(40, 72, True, LAYER_NORM), image(19, 23, 40), {"conv3x3s2": 1}),
     "model": (
         lambda: mk.create_model("test_mambaout", num_classes=5),
         image(3, 70, 90),
-        {"gated_cnn_block": 6, "downsample": 5, "head": 1},
+        {"gated_cnn_blocks": 4, "conv3x3s2": 5, "head": 1},
     ),
 }
-PRECISIONS = ["float32", "bfloat16", "autocast"]
 
 
 @pytest.fixture(params=PARTS)
-def part(request, monkeypatch):
-    """A part by name, which has to run on the compiled ops: (module, x, calls so far by op, calls of one forward)."""
+def part(request):
+    """A part by name, as the instruction set at hand will run it: a maker, x, calls of one forward by op."""
     make, x, expected = PARTS[request.param]
-    calls = dict.fromkeys(expected, 0)
-
-    def counting(name, op):
-        def call(*arguments):
-            calls[name] += 1
-            return op(*arguments)
-
-        return call
-
-    for name in expected:
-        monkeypatch.setattr(cpu, name, counting(name, getattr(cpu, name)))
-    return enlivened(make()).eval(), x, calls, expected
+    return enlivened(make()), x, expected
 
 
-def runner(part, precision):
-    """(run, x): `run` computes on the compiled ops, and sees to it that it did."""
-    module, x, calls, expected = part
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    module, x = module.to(dtype), x.to(dtype)
+def runner(part, dtype):
+    """(run, x): `run` computes on the packed ops, and sees to it that it did."""
+    module, x, expected = part
+    fast, x = mk.optimize_for_inference(module, dtype=dtype), x.to(dtype)
 
     def run(x):
-        before = dict(calls)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            y = module(x)
-        assert {name: calls[name] - before[name] for name in calls} == expected
+        with Watch() as watch:
+            y = fast(x)
+        calls = Counter(name.removeprefix("mambaout_kernels::") for name in watch.names if "mambaout" in name)
+        assert calls == expected
         return y
 
     return run, x
@@ -98,9 +87,9 @@ def test_op_at_every_number_of_threads_and_in_every_run(isa, dtype):
             assert torch.equal(bits(now), bits(then)), f"{name} with {threads} threads"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_part_at_every_number_of_threads_and_in_every_run(isa, part, precision):
-    run, x = runner(part, precision)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_part_at_every_number_of_threads_and_in_every_run(isa, part, dtype):
+    run, x = runner(part, dtype)
     torch.set_num_threads(1)
     first = run(x)
     for threads in (*THREADS, 1):
@@ -120,10 +109,10 @@ def test_op_on_image_3_of_a_batch_is_image_3_alone(isa, dtype, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_part_on_image_3_of_a_batch_is_image_3_alone(isa, part, precision, threads):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_part_on_image_3_of_a_batch_is_image_3_alone(isa, part, dtype, threads):
     torch.set_num_threads(threads)
-    run, x = runner(part, precision)
+    run, x = runner(part, dtype)
     together = run(x)
     assert torch.equal(bits(together[3:4]), bits(run(x[3:4])))
     assert torch.equal(bits(torch.cat((run(x[:2]), run(x[2:])))), bits(together))

@@ -11,7 +11,7 @@ import distributed_training
 import pytest
 import torch
 
-from mambaout_kernels.checkpoints import load_into
+from mambaout_kernels.weights.checkpoints import load_into
 
 SCRIPT = Path(distributed_training.__file__)
 pytestmark = pytest.mark.skipif(

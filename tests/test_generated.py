@@ -21,13 +21,15 @@ from generated import (
 )
 from hypothesis import assume, given
 from numerics import assert_accurate, check_backend, check_outputs, eager
-from torch import nn
 
 import mambaout_kernels as mk
-from mambaout_kernels import backends, downsample, packs, whole_block
+from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
 from mambaout_kernels.benchmarking import error_bounds
-from mambaout_kernels.head import call as call_head
+from mambaout_kernels.inference.parts import FusedHead, PackedBlocks, _pack_conv
+from mambaout_kernels.models import ACTIVATION_LAYERS
+from mambaout_kernels.nn.eligibility import conv3x3s2_reason, gated_cnn_block_reason, head_reason
+from mambaout_kernels.ops.conv3x3s2 import conv3x3s2
 
 pytestmark = pytest.mark.generated
 needs_module = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -98,9 +100,9 @@ def test_whole_block(case):
     block, theirs, truth = block_and_outputs(case)
     x = case.x
     with on_cpu(case), torch.no_grad():
-        assert whole_block.applies(block, x)
-        ours = block(x)
-        again = block(x.contiguous())
+        assert gated_cnn_block_reason(block.eval(), x.dtype) is None
+        packed = PackedBlocks([block], x.dtype)
+        ours, again = packed(x), packed(x.contiguous())
     assert ours.is_contiguous()
     assert torch.equal(ours, again)
     assert_accurate(ours, theirs, truth, error_bounds.of_block(block, case.x)["y"])
@@ -123,12 +125,13 @@ def test_trained_block(case):
 @number_of_cases(40)
 @given(downsampling_cases(ISAS))
 def test_downsampling(case):
-    """As a model calls it, without gradients: the stem's and those between the stages."""
+    """The stem's convolutions and those between the stages, on packed weights."""
     conv, norm, theirs, truth = downsampling_and_outputs(case)
     x = case.x
     with on_cpu(case), torch.no_grad():
-        assert downsample.applies(conv, norm, None, case.act, x)
-        ours = downsample.run(conv, norm, case.act, x, packs.Pack(), nn.ModuleList([conv]))
+        act = ACTIVATION_LAYERS[case.act]()
+        assert conv3x3s2_reason(conv, norm, act, x.dtype) is None
+        ours = conv3x3s2(x, _pack_conv(conv, norm, act, x.dtype), conv.out_channels, x.dtype)
     assert ours.is_contiguous()
     bound = error_bounds.of_downsampling((conv, norm, case.act), x)
     assert_accurate(ours, theirs, truth, bound)
@@ -138,13 +141,14 @@ def test_downsampling(case):
 @number_of_cases(40)
 @given(head_cases(ISAS))
 def test_head(case):
-    """From the last map to the logits, as a model calls it without gradients."""
+    """From the last map to the logits as one op."""
     norm, head, theirs, truth = head_and_outputs(case)
-    model, pack = nn.ModuleDict({"norm": norm, "head": head}), packs.Pack()
+    dtype = case.x.dtype
+    parts = norm, head.fc1, head.act, head.norm, head.head_dropout, head.fc2
     with on_cpu(case), torch.no_grad():
-        ours, again = (call_head(model, pack, case.x) for _ in range(2))
+        assert head_reason(*parts, dtype) is None
+        ours = FusedHead(norm, head.fc1, head.norm, head.fc2, dtype)(case.x)
     assert ours.is_contiguous()
-    assert torch.equal(ours, again)
     assert_accurate(ours, theirs, truth, error_bounds.of_head(norm, head, case.x))
 
 

@@ -7,7 +7,7 @@ import torch
 from numerics import assert_model_accurate
 
 from mambaout_kernels import patch
-from mambaout_kernels.block import FusedGatedCNNBlock
+from mambaout_kernels.nn.block import FusedGatedCNNBlock
 
 timm = pytest.importorskip("timm")
 

@@ -42,7 +42,7 @@ def wheel(sdist, tmp_path_factory):
 def test_source_distribution_has_sources_and_no_build(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {"csrc/cpu/gated_dwconv/dispatch.cpp", "csrc/cuda/forward.cu", "mambaout_kernels/ops.py"}
+    sources = {"csrc/cpu/gated_dwconv/dispatch.cpp", "csrc/cuda/forward.cu", "mambaout_kernels/ops/gated_dwconv.py"}
     assert {"CMakeLists.txt", *sources} <= names
     assert not [name for name in names if name.endswith((".so", ".o")) or name.startswith("build/")]
 

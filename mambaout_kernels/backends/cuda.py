@@ -69,7 +69,7 @@ def _runs_on(device_index: int) -> bool:
 def _ops() -> tuple[Any, Any]:
     import mambaout_kernels._C_cuda  # noqa: F401  (registers them; relative, its absence would read as a circular import)
 
-    native = torch.ops.mambaout_kernels_native
+    native = torch.ops.mambaout_kernels
     return native.gated_dwconv_cuda.default, native.gated_dwconv_backward_cuda.default
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..checks import check, check_gradient
+from .checks import check, check_gradient
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _OLDEST = (8, 0)  # Ampere: what the tiles are made for, and the first with bfloat16

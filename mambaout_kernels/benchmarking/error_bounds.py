@@ -263,9 +263,15 @@ class _Op:
         return _joined(dg, di, dc), dweight, dbias
 
 
-def of_op(u: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, act: str, composed: bool = False) -> tuple[Tensor, ...]:
-    """Of (y, du, dweight, dbias); composed: of the reference, which stores every operation's result."""
+def of_op(
+    u: Tensor, weight: Tensor, bias: Tensor, dy: Tensor | None, act: str, composed: bool = False
+) -> tuple[Tensor, ...]:
+    """Of (y, du, dweight, dbias), without dy of y alone; composed: of the reference, which stores every operation's
+    result.
+    """
     op = _Op(Bounded.exactly(u), Bounded.exactly(weight), Bounded.exactly(bias), act, composed)
+    if dy is None:
+        return (op.y.error,)
     return (op.y.error, *(gradient.error for gradient in op.gradients(Bounded.exactly(dy, u.dtype))))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..packs import packed_bytes
+from ..inference import InferenceModel
 from . import workloads
 from .workloads import Cell, Problem
 
@@ -17,19 +17,22 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "655
 
 def measure(cell: Cell, name: str) -> tuple[int, int | None]:
     """(bytes kept between forward and backward, peak bytes) of one contender's training step; in mode "fwd" (bytes of
-    packed parameters kept between calls, peak bytes) of its inference.
+    the frozen copy's weights, peak bytes) of its inference.
 
     Each parameter's gradient is dropped as soon as it is there, so the peak is of activations and their gradients, with
     what the operations themselves allocate on the way.
     """
     posed = workloads.problem(cell, full_channel=name == "naive")
+    if name == "fused":
+        posed = workloads.optimized(cell, posed)
     leaves = list(posed.leaves.values())
     with workloads.running(cell, name):
         if cell.mode == "fwd":
             for _ in range(2):
                 posed.forward()
             peak = peak_bytes(posed.forward, cell.device)
-            return 0 if posed.module is None else packed_bytes(posed.module), peak
+            frozen = posed.module
+            return frozen.weight_bytes() if isinstance(frozen, InferenceModel) else 0, peak
         dy = workloads.gradient_of(posed.forward())
         handles = [leaf.register_post_accumulate_grad_hook(_drop_gradient) for leaf in leaves]
 

@@ -24,7 +24,7 @@ def contenders() -> list[Contender]:
     if reason is not None:
         raise RuntimeError(f"the overhead is measured over the compiled CPU op: {reason}")
     u, weight, bias = torch.randn(1, 1, 1, 2), torch.randn(1, 1, 7, 7), torch.randn(1)
-    native = torch.ops.mambaout_kernels_native.gated_dwconv_cpu.default
+    native = torch.ops.mambaout_kernels.gated_dwconv_cpu.default
     calls = {
         "gated_dwconv": lambda: gated_dwconv(u, weight, bias, "gelu"),
         "native": lambda: native(u, weight, bias, 0),

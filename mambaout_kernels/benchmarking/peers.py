@@ -58,7 +58,7 @@ def export(folder: Path, name: str, module: nn.Module, x: Tensor) -> Path:
     """`module` as an ONNX file in `folder`, for inputs such as `x` of any batch; written where it is not there yet."""
     path = folder / f"{name}.onnx"
     if not path.exists():
-        from ..export import to_onnx
+        from ..integrations.export import to_onnx
 
         to_onnx(module, path, _example(x), verbose=False)
     return path

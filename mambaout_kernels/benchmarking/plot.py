@@ -8,13 +8,13 @@ from .measure import Row
 from .report import precision
 from .workloads import CONTENDERS
 
-COLOURS = {"naive": "#b8b8b8", "eager": "#7f7f7f", "compile": "#e39b3b", "fused": "#2c6fbb"}
+COLOURS = {"naive": "#b8b8b8", "eager": "#7f7f7f", "compile": "#e39b3b", "fused": "#2c6fbb", "modules": "#8fb4dc"}
 COLOURS |= {"onnxruntime": "#5f9e6e", "openvino": "#8d6bb0"}
 COLOURS |= {"cudnn-benchmark": "#a08060", "max-autotune": "#c9622b", "compile-fused": "#17406b"}
 COLOURS |= {"timm": "#c9b037", "timm-channels-last": "#8c7a1f", "timm-compile": "#d98ea3"}
 COLOURS |= {"triton": "#58b5c9", "cuda": "#3a8fd6"}
 ORDER = ("naive", "eager", "cudnn-benchmark", "timm", "timm-channels-last", "compile", "max-autotune", "timm-compile",
-         "onnxruntime", "openvino", "triton", "cuda", "fused", "compile-fused")  # fmt: skip
+         "onnxruntime", "openvino", "triton", "cuda", "modules", "fused", "compile-fused")  # fmt: skip
 COLUMNS = 4
 
 

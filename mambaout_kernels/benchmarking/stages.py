@@ -1,14 +1,15 @@
 """A model part by part: stem, stages, downsamples, head; where its time goes and where its arithmetic is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
+from ..inference import InferenceModel
 from ..models import MambaOut
 from . import workloads
 from .timing import Contender
@@ -19,37 +20,45 @@ CONTENDERS = ("fused", "eager")
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a model's layers, and what they get of the cell's images."""
+    """Some of a model's layers, as eager and as fused run them, and what they get of the cell's images."""
 
     name: str
     module: Callable[[Tensor], Tensor]
+    fused: Callable[[Tensor], Tensor]
     x: Tensor
 
-    def run(self, _prepared: None = None) -> Tensor:
-        return self.module(self.x)
+    def contender(self, name: str) -> Callable[[None], Tensor]:
+        module = self.fused if name == "fused" else self.module
+        return lambda _: module(self.x)
 
 
 def parts(cell: Cell) -> list[Part]:
     """Of the cell's model, in the order of its forward: each part's input is the output of the one before."""
     posed = workloads.problem(cell)
-    model, x = posed.module, posed.x
-    assert isinstance(model, MambaOut)
+    fused, x = workloads.optimized(cell, posed).module, posed.x
     assert x is not None
-    named: list[tuple[str, Callable[[Tensor], Tensor]]] = []
-    for number, (downsample, stage) in enumerate(zip(model.downsample_layers, model.stages, strict=True), start=1):
-        named += [("stem" if number == 1 else f"downsample {number}", downsample), (f"stage {number}", stage)]
     found = []
     with workloads.running(cell, "eager"):
-        for name, module in [*named, ("head", model.forward_head)]:
-            found.append(Part(name, module, x))
+        for (name, module), (_, in_fused) in zip(_named(posed.module), _named(fused), strict=True):
+            found.append(Part(name, module, in_fused, x))
             x = module(x)
     return found
+
+
+def _named(model: nn.Module | None) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    if isinstance(model, InferenceModel):
+        model = model.model
+    assert isinstance(model, MambaOut)
+    for number, (downsample, stage) in enumerate(zip(model.downsample_layers, model.stages, strict=True), start=1):
+        yield "stem" if number == 1 else f"downsample {number}", downsample
+        yield f"stage {number}", stage
+    yield "head", model.forward_head
 
 
 def contenders(cell: Cell, found: list[Part]) -> list[Contender]:
     """Fused part after part, then eager: each finds the caches as it does within the model."""
     return [
-        Contender(f"{name} {part.name}", part.run, context=partial(workloads.running, cell, name))
+        Contender(f"{name} {part.name}", part.contender(name), context=partial(workloads.running, cell, name))
         for name in CONTENDERS
         for part in found
     ]

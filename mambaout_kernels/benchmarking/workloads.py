@@ -1,6 +1,8 @@
 """What is timed: the op, a block or a model, each as the contenders do it, and whether ours computes the same.
 
-fused            this package, on the best backend for the device
+fused            this package, on the best backend for the device; blocks and models in mode fwd by
+                 optimize_for_inference, but under autocast
+modules          this package's drop-in modules in mode fwd, with weights as they lie
 cuda, triton     this package, on this backend
 compile-fused    torch.compile of fused
 eager            the same modules as separate PyTorch operations ("eager partial": C of D channels convolved)
@@ -24,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..block import FusedGatedCNNBlock
-from ..checkpoints import to_timm
+from ..inference import optimize_for_inference
 from ..models import ACTIVATION_LAYERS, VARIANTS, create_model
+from ..nn import FusedGatedCNNBlock
 from ..ops import gated_dwconv
+from ..weights.checkpoints import to_timm
 from . import accuracy, error_bounds, inputs, peers
 from .shapes import Shape
 from .timing import Contender, captured
@@ -39,14 +42,15 @@ MODES = {
     "train": "forward and backward",
 }
 CONTENDERS = {
-    "fused": "fused", "cuda": "CUDA C++", "triton": "Triton", "compile-fused": "torch.compile of fused",
+    "fused": "fused", "modules": "drop-in modules", "cuda": "CUDA C++", "triton": "Triton",
+    "compile-fused": "torch.compile of fused",
     "eager": "eager partial", "cudnn-benchmark": "eager, cudnn.benchmark", "naive": "naive full-channel",
     "compile": "torch.compile", "max-autotune": "torch.compile, max-autotune",
     "timm": "timm", "timm-channels-last": "timm, channels_last", "timm-compile": "torch.compile of timm",
     **peers.NAMES,
 }  # fmt: skip
 FORCED = ("cuda", "triton")
-OWN = ("fused", *FORCED, "compile-fused")
+OWN = ("fused", "modules", *FORCED, "compile-fused")
 _COMPILED = {"compile": "default", "compile-fused": "default", "timm-compile": "default",
              "max-autotune": "max-autotune-no-cudagraphs"}  # fmt: skip
 MAY_FAIL = (*_COMPILED, *FORCED, *peers.NAMES)  # named with the reason then; of the others, that is an error
@@ -187,6 +191,21 @@ def _compiled(posed: Problem, mode: str) -> Problem:
     return replace(posed, forward=torch.compile(posed.forward, fullgraph=True, dynamic=False, mode=mode))
 
 
+def optimized(cell: Cell, posed: Problem) -> Problem:
+    """What "fused" runs: in inference, a frozen copy of the module."""
+    if posed.module is None or cell.mode != "fwd" or cell.autocast:
+        return posed
+    module = optimize_for_inference(posed.module)
+    return Problem(partial(module, posed.x), posed.leaves, module, posed.x)
+
+
+def _own(name: str, cell: Cell, posed: Problem) -> Problem:
+    """What one of ours runs."""
+    if name in ("fused", "compile-fused"):
+        posed = optimized(cell, posed)
+    return _compiled(posed, _COMPILED[name]) if name in _COMPILED else posed
+
+
 def _timm_problem(cell: Cell, ours: Problem, channels_last: bool) -> Problem:
     """timm's model with our model's weights, on its images.
 
@@ -241,10 +260,14 @@ def _built(name: str, cell: Cell, partial_channel: Problem, folder: Path) -> Con
         return _peer(name, cell, folder)
     if name in FORCED and (reason := backends.status()[name]) is not None:
         raise peers.NotAvailable(reason)
+    if name == "modules" and (cell.subject == "op" or cell.mode != "fwd"):
+        raise peers.NotAvailable("what fused is, but for blocks and models in mode fwd")
     posed = problem(cell, full_channel=True) if name == "naive" else partial_channel
     if name.startswith("timm"):
         posed = _timm_problem(cell, posed, name == "timm-channels-last")
-    if name in _COMPILED:
+    if name in OWN:
+        posed = _own(name, cell, posed)
+    elif name in _COMPILED:
         posed = _compiled(posed, _COMPILED[name])
     contender = _contender(name, cell, posed)
     if name in _COMPILED:
@@ -282,8 +305,7 @@ def verify(cell: Cell, name: str = "fused") -> list[accuracy.Comparison]:
     cell = replace(cell, batch=min(cell.batch, CHECKED_BATCH))
     posed = problem(cell)
     exact = _results(replace(cell, autocast=False), problem(cell, dtype=torch.float64), "eager")
-    own = _compiled(posed, _COMPILED[name]) if name in _COMPILED else posed
-    actual, eager = _results(cell, own, name), _results(cell, posed, "eager")
+    actual, eager = _results(cell, _own(name, cell, posed), name), _results(cell, posed, "eager")
     found = [] if cell.subject == "op" else accuracy.compare_model(actual, eager, exact)
     if cell.subject != "model":
         # Without kernels ours is eager, whose convolutions in two bytes may add up in two bytes: beyond any bound.
@@ -294,14 +316,15 @@ def verify(cell: Cell, name: str = "fused") -> list[accuracy.Comparison]:
 
 def _bounds(cell: Cell, posed: Problem, y: Tensor) -> dict[str, Tensor]:
     """Of the results of an op or a block."""
-    dy = _upstream(cell, y)
+    dy = None if cell.mode == "fwd" else _upstream(cell, y)
     if cell.subject == "op":
         u, weight, bias = posed.leaves.values()
         found = error_bounds.of_op(u, weight, bias, dy, cell.shape.act)
-        return dict(zip(("y", *(f"d{leaf}" for leaf in posed.leaves)), found, strict=True))
+        names = ("y", *(f"d{leaf}" for leaf in posed.leaves))
+        return dict(zip(names, found, strict=dy is not None))
     low = DTYPES[cell.dtype] if cell.autocast else None
     assert posed.x is not None
-    bounds = error_bounds.of_block(posed.module, posed.x, None if cell.mode == "fwd" else dy, low)
+    bounds = error_bounds.of_block(posed.module, posed.x, dy, low)
     return {name if name == "y" else f"d{name}": bound for name, bound in bounds.items()}
 
 

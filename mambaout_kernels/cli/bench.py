@@ -78,7 +78,7 @@ def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
                              help="of the variant, from 1; default: all")  # fmt: skip
     command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=name == "model",
                          help="torch.compile of eager too; takes minutes")  # fmt: skip
-    more = [name for name in workloads.CONTENDERS if name not in ("fused", "eager", *peers.NAMES)]
+    more = [name for name in workloads.CONTENDERS if name not in ("fused", "modules", "eager", *peers.NAMES)]
     command.add_argument("--also", type=comma_list(one_of(more)), default=[], metavar="NAMES",
                          help=f"more contenders, of {', '.join(more)}")  # fmt: skip
     command.add_argument("--graph", action="store_true",
@@ -190,8 +190,23 @@ def _cells(args: argparse.Namespace, subject: str, modes: Sequence[str], device:
             raise UsageError(f"--stage: {error}") from None
         for shape in stages[:1] if subject == "model" else stages:
             autocast = subject != "op" and getattr(args, "autocast", False) and dtype in ("bf16", "fp16")
-            names = (*contenders, *others) if mode == "fwd" else tuple(contenders)
-            found.append(Cell(subject, mode, dtype, batch, shape, names, autocast, args.input, device, args.graph))
+            names = [*contenders, *others] if mode == "fwd" else list(contenders)
+            if mode == "fwd" and subject != "op" and not autocast:
+                names.insert(1, "modules")
+            found.append(
+                Cell(
+                    subject,
+                    mode,
+                    dtype,
+                    batch,
+                    shape,
+                    tuple(dict.fromkeys(names)),
+                    autocast,
+                    args.input,
+                    device,
+                    args.graph,
+                )
+            )
     return found
 
 

@@ -9,8 +9,9 @@ import torch
 
 from ..benchmarking import photographs
 from ..benchmarking.workloads import DTYPES
-from ..checkpoints import load_into
+from ..inference import optimize_for_inference
 from ..models import VARIANTS, create_model
+from ..weights.checkpoints import load_into
 from .terminal import UsageError, one_of, positive, require, show_table
 
 _WHERE = (
@@ -46,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--weights: {error}; {_WHERE.format(name=args.model)}") from None
     except (ValueError, ImportError) as error:
         raise UsageError(f"--weights: {error}") from None
-    batch = torch.stack([_read(path, size) for path in args.images]).to(DTYPES[args.dtype])
-    model.to(DTYPES[args.dtype])
+    batch = torch.stack([_read(path, size) for path in args.images])
+    fast = optimize_for_inference(model, dtype=DTYPES[args.dtype])
     with torch.inference_mode():
-        probabilities = torch.cat([model(image[None]).float().softmax(dim=1) for image in batch])
+        probabilities = torch.cat([fast(image[None]).float().softmax(dim=1) for image in batch])
     values, indices = probabilities.topk(min(args.topk, probabilities.shape[1]))
     names = _class_names()
     results = [

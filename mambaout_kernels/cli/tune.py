@@ -17,7 +17,7 @@ def add_to(commands: Any) -> None:
         help="choose the Triton kernels' tiles on this GPU",
         description="Times candidate tiles on the stages of a variant and writes a table to the user's cache, where "
         "every process finds it and puts it before the shipped one; a table elsewhere is put to use by "
-        "mambaout_kernels.warmup.load_tiles(FILE). Needs a GPU.",
+        "mambaout_kernels.backends.warmup.load_tiles(FILE). Needs a GPU.",
     )
     command.add_argument("--variant", default="mambaout_tiny", help="default: %(default)s")
     command.add_argument("--batch", type=positive, default=32, help="default: %(default)s")

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .. import backends
-from ..block import FusedGatedCNNBlock
-from ..packs import Pack
+from ..nn import FusedGatedCNNBlock
+from ..nn.eligibility import activation_name
 
 # The names that the authors' repository and timm give to the block.
 BLOCK_CLASS_NAMES = ("GatedCNNBlock", "GatedConvBlock")
@@ -47,12 +47,12 @@ def _is_sharded(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
-def _is_candidate(module: nn.Module) -> bool:
+def is_candidate(module: nn.Module) -> bool:
     names = {cls.__name__ for cls in type(module).__mro__}
     return not isinstance(module, FusedGatedCNNBlock) and not names.isdisjoint(BLOCK_CLASS_NAMES)
 
 
-def _refusal(block: nn.Module) -> str | None:
+def refusal(block: nn.Module) -> str | None:
     """Why this block cannot be fused, or None."""
     missing = [part for part in _PARTS if not hasattr(block, part)]
     if missing:
@@ -83,7 +83,7 @@ def _mismatch(original: Any) -> str | None:
                 parameter.normal_()
             x = torch.randn(2, 6, 5, 16, dtype=torch.float64)
             expected = block(x)
-            _fuse(block)
+            fuse(block)
             with backends.force("reference"):
                 actual = block(x)
         except Exception as error:
@@ -93,17 +93,18 @@ def _mismatch(original: Any) -> str | None:
     return f"a {original.__name__} computes something else than MambaOut's Gated CNN block"
 
 
-def _fuse(block: nn.Module) -> None:
-    added: dict[str, Any] = {"pack": Pack()}
+def fuse(block: nn.Module) -> None:
+    added: dict[str, Any] = {}
     if not hasattr(block, "ls"):
         added["ls"] = nn.Identity()  # not registered: named_modules stays as it is
     if not hasattr(block, "dim"):
         fc2: Any = block.fc2
         added["dim"] = fc2.out_features
-    vars(block).update(added, _added_by_patch=(*added, "op_act"))
+    vars(block).update(added, _added_by_patch=tuple(added))
     original: Any = type(block)
     block.__class__ = fused_class(original)
-    block.act = block.act  # FusedGatedCNNBlock.__setattr__ finds the op's name for it
+    act: Any = block.act
+    activation_name(act)  # known to compilers from now on
 
 
 def patch(model: _Model) -> _Model:
@@ -119,17 +120,17 @@ def patch(model: _Model) -> _Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    blocks = {name: module for name, module in model.named_modules() if _is_candidate(module)}
+    blocks = {name: module for name, module in model.named_modules() if is_candidate(module)}
     if not blocks and not any(isinstance(module, FusedGatedCNNBlock) for module in model.modules()):
         raise ValueError(
             f"model: {type(model).__name__} has no block of a class named {' or '.join(BLOCK_CLASS_NAMES)} to fuse"
         )
     for name, block in blocks.items():
-        reason = _refusal(block)
+        reason = refusal(block)
         if reason is not None:
             raise ValueError(f"model: block {name!r} cannot be fused: {reason}; nothing was changed")
     for block in blocks.values():
-        _fuse(block)
+        fuse(block)
     return model
 
 

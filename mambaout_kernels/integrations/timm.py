@@ -12,8 +12,8 @@ from timm.layers import is_scriptable, register_notrace_module
 from timm.models import DefaultCfg, build_model_with_cfg, mambaout, register_model
 from torch import nn
 
-from ..block import FusedGatedCNNBlock
 from ..models import VARIANTS
+from ..nn import FusedGatedCNNBlock
 from .patching import fused_class, patch
 
 PREFIX = "fused_"

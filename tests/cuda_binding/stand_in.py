@@ -1,4 +1,4 @@
-"""csrc/bindings_cuda.cpp on the CPU: linked with stand_in.cpp instead of CUDA, and with the kernels of cuda_host."""
+"""csrc/torch/gated_dwconv_cuda.cpp on the CPU: linked with stand_in.cpp instead of CUDA, and cuda_host's kernels."""
 
 import ctypes
 import hashlib
@@ -46,7 +46,7 @@ def _build() -> Path:
         "-DTORCH_TARGET_VERSION=0x020a000000000000", f'-DMAMBAOUT_TORCH_VERSION="{torch.__version__}"',
         '-DMAMBAOUT_CUDA_COMPILER=""', '-DMAMBAOUT_CUDA_ARCHITECTURES=""',
     )  # fmt: skip
-    sources = (host.KERNELS / "bindings_cuda.cpp", HERE / "stand_in.cpp")
+    sources = (host.KERNELS / "torch" / "gated_dwconv_cuda.cpp", HERE / "stand_in.cpp")
     headers = (host.KERNELS / "cuda", host.KERNELS / "cpu")
     with ThreadPoolExecutor(max_workers=len(sources)) as pool:
         own = list(pool.map(lambda source: str(host.compiled(source, flags, *headers)), sources))

@@ -1,0 +1,69 @@
+// The op on the CPU.
+//
+// The public op, its fake kernel and its gradients are Python's (mambaout_kernels/ops/gated_dwconv.py), and so are the
+// messages for bad arguments; but everything is checked here too, before any memory is touched.
+#include <tuple>
+
+#include "../cpu/gated_dwconv/arguments.h"
+#include "gated_dwconv_checks.h"
+
+namespace mambaout_kernels {
+namespace {
+
+void for_cpu(const Tensor& u, const Tensor& weight, const Tensor& bias) {
+  check_cpu(u, "u");
+  check_cpu(weight, "weight");
+  check_cpu(bias, "bias");
+}
+
+Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
+  for_cpu(u, weight, bias);
+  const GatedDwconvShape shape = checked_shape(u, weight, bias, act);
+  u = last_dense(u);
+  weight = dense(weight);
+  bias = dense(bias);
+  Tensor y = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, shape.D});
+  advise_huge_pages(y);
+  const int num_threads = static_cast<int>(torch::stable::get_num_threads());
+  const Workspace workspace(cpu::forward_workspace_bytes(shape, num_threads));
+  cpu::forward({shape, view(u), weight.const_data_ptr(), bias.const_data_ptr(), y.mutable_data_ptr()}, num_threads,
+               workspace.data(), parallel_for);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Tensor weight, Tensor bias,
+                                                         std::int64_t act) {
+  for_cpu(u, weight, bias);
+  const GatedDwconvShape shape = checked_shape(u, weight, bias, act);
+  check_cpu(dy, "dy");
+  check_gradient(dy, shape);
+  dy = last_dense(dy);
+  u = last_dense(u);
+  weight = dense(weight);
+  bias = dense(bias);
+  Tensor du = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, 2 * shape.D});
+  Tensor dweight = torch::stable::new_empty(weight, {shape.C, 1, shape.K, shape.K});
+  Tensor dbias = torch::stable::new_empty(bias, {shape.C});
+  advise_huge_pages(du);
+  const int num_threads = static_cast<int>(torch::stable::get_num_threads());
+  const Workspace workspace(cpu::backward_workspace_bytes(shape, num_threads));
+  cpu::backward({shape, view(dy), view(u), weight.const_data_ptr(), bias.const_data_ptr(), du.mutable_data_ptr(),
+                 dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
+                num_threads, workspace.data(), parallel_for);
+  return {du, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace mambaout_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
+  m.def("gated_dwconv_cpu(Tensor u, Tensor weight, Tensor bias, int act) -> Tensor");
+  m.def(
+      "gated_dwconv_backward_cpu(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, Tensor, "
+      "Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CPU, m) {
+  m.impl("gated_dwconv_cpu", TORCH_BOX(&mambaout_kernels::gated_dwconv));
+  m.impl("gated_dwconv_backward_cpu", TORCH_BOX(&mambaout_kernels::gated_dwconv_backward));
+}

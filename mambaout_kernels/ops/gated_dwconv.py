@@ -1,0 +1,124 @@
+"""The fused op: its schema, checks, fake kernel and gradients, once for every backend.
+
+    y = act(g) * concat(i, dwconv(c)),   u = [g, i, c]
+
+Saved for backward: u, weight and bias, nothing else; the convolution is recomputed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..backends.checks import check, check_gradient
+
+_library = torch.library.Library("mambaout_kernels", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define("gated_dwconv(Tensor u, Tensor weight, Tensor bias, str act) -> Tensor", tags=_TAGS)
+_library.define(
+    "gated_dwconv_backward(Tensor dy, Tensor u, Tensor weight, Tensor bias, str act) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def gated_dwconv(u: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu") -> Tensor:
+    """y = act(g) * concat(i, dwconv(c)), the middle of MambaOut's Gated CNN block (arXiv 2405.07992), fused.
+
+    Args:
+        u: (N, H, W, 2D), float32, bfloat16, float16 or float64, any strides: gate g (D channels), identity i (D - C)
+            and conv c (C), in this order; the output of the block's first linear layer.
+        weight: (C, 1, K, K), the parameter of a depthwise nn.Conv2d with padding K // 2; K odd, 1 to 31; 0 <= C <= D.
+            In u's dtype, or float32 beside a bfloat16 or float16 u.
+        bias: (C,), dtype as for weight.
+        act: "gelu" (erf), "gelu_tanh", "silu" or "identity".
+
+    Returns:
+        y: (N, H, W, D), contiguous, in u's dtype. Sums are accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a wrong shape, kernel size or act.
+        TypeError: a dtype that is not allowed.
+        RuntimeError: tensors on different devices.
+
+    Differentiable twice. Which kernels run it: `mambaout_kernels.backends`.
+    """
+    if backends.uses_reference(u.device.type):  # plain PyTorch, so that autograd and compilers see its parts
+        check(u, weight, bias, act)
+        return reference.gated_dwconv(u, weight, bias, act)
+    return _op(u, weight, bias, act)
+
+
+# A backend refuses what is not valid before it touches memory; only then is it asked what was wrong. So a valid call
+# pays for one set of checks, in C++ where the backend is compiled.
+def _forward_impl(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    try:
+        return backends.select(u, weight).gated_dwconv(u, weight, bias, act)
+    except Exception:
+        check(u, weight, bias, act)
+        raise
+
+
+def _backward_impl(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        return backends.select(u, weight, backward=True).gated_dwconv_backward(dy, u, weight, bias, act)
+    except Exception:
+        check(u, weight, bias, act)
+        check_gradient(dy, u)
+        raise
+
+
+def _forward_fake(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    check(u, weight, bias, act)
+    return u.new_empty((*u.shape[:3], u.shape[3] // 2))
+
+
+def _backward_fake(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    check(u, weight, bias, act)
+    check_gradient(dy, u)
+    return u.new_empty(u.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _save_forward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    *tensors, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_forward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    u, weight, bias = ctx.saved_tensors
+    gradients = _backward_op(dy, u, weight, bias, ctx.act)
+    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)), None)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, str], output: Any) -> None:
+    *tensors, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of (du, dweight, dbias) with respect to (dy, u, weight, bias), through the reference's formula."""
+    needed = ctx.needs_input_grad[:4]
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
+        dy, u, weight, bias = inputs
+        outputs = reference.gated_dwconv_backward(dy, u, weight, bias, ctx.act)
+    wanted = [t for t in inputs if t.requires_grad]
+    differentiable = [(o, up) for o, up in zip(outputs, upstream, strict=True) if o.requires_grad]
+    found = iter(
+        torch.autograd.grad([o for o, _ in differentiable], wanted, [up for _, up in differentiable], allow_unused=True)
+    )
+    return (*(next(found) if n else None for n in needed), None)
+
+
+_library.impl("gated_dwconv", _forward_impl, "CompositeExplicitAutograd")
+_library.impl("gated_dwconv_backward", _backward_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("mambaout_kernels::gated_dwconv", _forward_fake, lib=_library)
+torch.library.register_fake("mambaout_kernels::gated_dwconv_backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "mambaout_kernels::gated_dwconv", _differentiate_forward, setup_context=_save_forward, lib=_library
+)
+torch.library.register_autograd(
+    "mambaout_kernels::gated_dwconv_backward", _differentiate_backward, setup_context=_save_backward, lib=_library
+)
+_op = torch.ops.mambaout_kernels.gated_dwconv.default
+_backward_op = torch.ops.mambaout_kernels.gated_dwconv_backward.default

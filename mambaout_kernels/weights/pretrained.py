@@ -1,0 +1,152 @@
+"""Models with pretrained weights, from a file or by name from the Hugging Face hub."""
+
+import math
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models import VARIANTS, MambaOut, create_model
+from .checkpoints import SUFFIXES, classes_of, copy_into, describe, load_checkpoint, variants_of
+
+# Tags of the weights that timm publishes as huggingface.co/timm/<variant>.<tag>, its default first.
+HUB_TAGS: dict[str, tuple[str, ...]] = {
+    "mambaout_femto": ("in1k",),
+    "mambaout_kobe": ("in1k",),
+    "mambaout_tiny": ("in1k",),
+    "mambaout_small": ("in1k",),
+    "mambaout_base": ("in1k",),
+    "mambaout_small_rw": ("sw_e450_in1k",),
+    "mambaout_base_short_rw": ("sw_e500_in1k",),
+    "mambaout_base_tall_rw": ("sw_e500_in1k",),
+    "mambaout_base_wide_rw": ("sw_e500_in1k",),
+    "mambaout_base_plus_rw": ("sw_e150_in12k_ft_in1k", "sw_e150_r384_in12k_ft_in1k", "sw_e150_in12k"),
+}
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository or folder has
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_FIRST_CONV = "downsample_layers.0.conv1.weight"
+_CLASSIFIER = "head.fc2."
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    *,
+    variant: str | None = None,
+    ema: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **overrides: Any,
+) -> MambaOut:
+    """A MambaOut with trained weights, in float32 on the CPU, in training mode as every new module.
+
+    Args:
+        name_or_path: a file of the authors or of timm, any that load_checkpoint reads; a folder with model.safetensors
+            or pytorch_model.bin; a variant, "mambaout_tiny" or, with timm's tag, "mambaout_tiny.in1k"; or a repository
+            of the hub, "hf-hub:owner/name". The last two need huggingface_hub.
+        num_classes: None for as many as the file has; another number for a new last linear, freshly initialised.
+        in_chans: None for as many as the file has; another number adapts the first convolution of a file with 3 as
+            timm does: its sum over the channels for 1, else the channels repeated in turn and scaled by 3 / in_chans.
+        variant: the architecture; found out from the name or the file's tensors when None.
+        ema: take averaged weights if the file holds them beside the others.
+        cache_dir, local_files_only: as huggingface_hub.hf_hub_download takes them.
+        overrides: arguments of MambaOut, such as drop_path_rate.
+
+    Raises:
+        ValueError: an unknown name; a file that load_checkpoint refuses, or whose tensors are not the variant's.
+        FileNotFoundError: no such file. ImportError: huggingface_hub or safetensors is needed and missing.
+        RuntimeError: the hub's file can neither be found nor fetched.
+    """
+    named, path = _locate(name_or_path, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
+    state_dict = load_checkpoint(path, ema)
+    names = [variant or named] if variant or named else variants_of(state_dict)
+    if not names:
+        raise ValueError(
+            f"name_or_path: {path} holds {describe(state_dict)}; for an architecture of your own, "
+            f"create_model(name, ...) and checkpoints.load_into(model, path)"
+        )
+    file_classes = classes_of(state_dict)
+    num_classes = file_classes if num_classes is None else num_classes
+    in_chans = _file_channels(state_dict) if in_chans is None else in_chans
+    model = create_model(str(names[0]), num_classes=num_classes, in_chans=in_chans, **overrides)
+    if num_classes != file_classes:
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(_CLASSIFIER)}
+        state_dict |= {key: value for key, value in model.state_dict().items() if key.startswith(_CLASSIFIER)}
+    if _FIRST_CONV in state_dict:
+        state_dict[_FIRST_CONV] = adapt_first_conv(state_dict[_FIRST_CONV], in_chans)
+    copy_into(model, state_dict, str(path))
+    return model
+
+
+def _file_channels(state_dict: dict[str, torch.Tensor]) -> int:
+    weight = state_dict.get(_FIRST_CONV)
+    return weight.shape[1] if weight is not None and weight.ndim == 4 else 3
+
+
+def adapt_first_conv(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """(O, 3, K, K) to (O, in_chans, K, K) as timm adapts it. ValueError for a weight of another number of channels."""
+    if weight.ndim != 4 or weight.shape[1] == in_chans:
+        return weight
+    if weight.shape[1] != 3:
+        raise ValueError(f"in_chans: weights for {weight.shape[1]} channels can only be adapted from 3; got {in_chans}")
+    if in_chans == 1:
+        return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
+    repeated = weight.float().repeat(1, math.ceil(in_chans / 3), 1, 1)[:, :in_chans]
+    return (repeated * (3 / in_chans)).to(weight.dtype)
+
+
+def _locate(
+    name_or_path: str | os.PathLike[str], cache_dir: str | None, local_files_only: bool
+) -> tuple[str | None, Path]:
+    """(variant if the name tells it, file)."""
+    name = os.fspath(name_or_path)
+    if not isinstance(name_or_path, str) or Path(name).exists() or Path(name).suffix in SUFFIXES:
+        path = Path(name)
+        if path.is_dir():
+            found = [path / file for file in HUB_FILES if (path / file).is_file()]
+            if not found:
+                raise FileNotFoundError(f"name_or_path: folder {path} holds none of {', '.join(HUB_FILES)}")
+            return None, found[0]
+        return None, path
+    prefix = next((p for p in _HUB_PREFIXES if name.startswith(p)), None)
+    if prefix is not None:
+        return None, _fetch(name.removeprefix(prefix), cache_dir, local_files_only)
+    variant, _, tag = name.partition(".")
+    tags = HUB_TAGS.get(variant, ())
+    if not tags or (tag and tag not in tags):
+        allowed = [f"{variant}.{tag}" for variant, tags in HUB_TAGS.items() for tag in tags]
+        match = get_close_matches(name, [*VARIANTS, *allowed], n=1)
+        hint = f" (did you mean {match[0]!r}?)" if match else ""
+        raise ValueError(
+            f"name_or_path: {name!r} is no file, and no pretrained variant{hint}; allowed: a file or folder, "
+            f"hf-hub:owner/name, or {', '.join(allowed)}"
+        )
+    return variant, _fetch(f"timm/{variant}.{tag or tags[0]}", cache_dir, local_files_only)
+
+
+def _fetch(repository: str, cache_dir: str | None, local_files_only: bool) -> Path:
+    """The weights of a repository of the hub, in huggingface_hub's cache."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise ImportError(
+            f"name_or_path: fetching {repository} needs huggingface_hub: pip install huggingface_hub"
+        ) from None
+    reasons = []
+    for file in HUB_FILES:
+        try:
+            return Path(hf_hub_download(repository, file, cache_dir=cache_dir, local_files_only=local_files_only))
+        except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's own errors, and those of the network
+            reasons.append(f"{file}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            # A repository without this file may have the next; one that cannot be reached has none.
+            unreached = isinstance(error, LocalEntryNotFoundError) and not local_files_only
+            if unreached or not isinstance(error, EntryNotFoundError):
+                break
+    raise RuntimeError(
+        f"name_or_path: {repository} could not be fetched from the hub ({'; '.join(reasons)}). Where there is no "
+        f"network, download {HUB_FILES[0]} from https://huggingface.co/{repository} and give its path"
+    )
