@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <atomic>
+#include <initializer_list>
 
 namespace mambaout_kernels::cpu {
 namespace {
