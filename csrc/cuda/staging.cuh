@@ -126,7 +126,7 @@ __device__ __forceinline__ float load_parameter(const void* parameter, bool is_f
 template <typename T, int K>
 __device__ __forceinline__ void stage_weights(float* to, const void* weight, bool is_float32, int c0, int channels) {
   const std::int64_t first = static_cast<std::int64_t>(c0) * K * K;
-  const int count = channels * K * K, threads = blockDim.x;
+  const int count = max(channels, 0) * K * K, threads = blockDim.x;
   if (sizeof(T) == 4 || is_float32) {
     const float* const from = static_cast<const float*>(weight) + first;
     const int whole = reinterpret_cast<std::uintptr_t>(from) % 16 == 0 ? count & ~3 : 0;
