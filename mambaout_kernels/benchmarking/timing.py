@@ -85,7 +85,11 @@ def captured(contender: Contender) -> Contender:
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             contender.run(prepared)
-    return replace(contender, run=lambda _: graph.replay(), prepare=_nothing, context=nullcontext)
+
+    def replay(_prepared: object, _alive: object = (contender, prepared)) -> None:
+        graph.replay()  # on the memory of what was captured, weights too
+
+    return replace(contender, run=replay, prepare=_nothing, context=nullcontext)
 
 
 def interleave(
