@@ -3,7 +3,8 @@ backends/preferences.json ships.
 
     python -m mambaout_kernels.audit.preferences > mambaout_kernels/backends/preferences.json
 
-Needs the compiled CUDA module and cuobjdump. Times are predictions from datasheets, plus LAUNCH_US for each launch.
+Needs the compiled CUDA module and cuobjdump. Times are predictions from datasheets, plus LAUNCH_US for each launch;
+where there are measured ones (MEASURED), these.
 """
 
 import json
@@ -22,6 +23,18 @@ LAUNCH_US = 3.0  # an assumption: what one launch adds when kernels follow each 
 SMALL = 2**21  # elements of y; at batch 1 no stage of the family has more
 MARGIN = 0.95  # below this share of Triton's time, CUDA C++ is taken; else Triton, which needs no compiler at install
 VARIANTS = {True: "mambaout_tiny", False: "mambaout_base"}  # by whether shapes are aligned
+# Microseconds by stage (minima, cold L2) on an H100, by (target, bits, aligned, backward, batch): benchmarks/measured/.
+# Batch 1 as CUDA graphs.
+MEASURED: dict[tuple[str, int, bool, bool, int], dict[str, tuple[float, ...]]] = {
+    ("sm_90", 16, True, False, 1): {"triton": (19.6, 19.0, 19.1, 19.1), "cuda": (17.2, 16.8, 17.2, 16.6)},
+    ("sm_90", 16, True, True, 1): {"triton": (50.0, 43.7, 41.5, 40.5), "cuda": (31.7, 26.7, 26.5, 24.6)},
+    ("sm_90", 16, True, False, 128): {"triton": (655, 361, 227, 142), "cuda": (333, 170, 88.2, 49.1)},
+    ("sm_90", 16, True, True, 128): {"triton": (1125, 678, 516, 686), "cuda": (976, 554, 364, 324)},
+    ("sm_90", 16, False, False, 128): {"triton": (909, 357, 272), "cuda": (1688, 839, 432)},
+    ("sm_90", 16, False, True, 128): {"triton": (1860, 963, 595), "cuda": (3322, 1642, 841)},
+    ("sm_90", 32, True, False, 128): {"triton": (675, 380, 229, 144), "cuda": (593, 293, 137, 66.1)},
+    ("sm_90", 32, True, True, 128): {"triton": (1390, 1070, 668, 566), "cuda": (1210, 902, 470, 298)},
+}
 _BACKWARD = ("gate_backward", "input_gradient", "weight_gradient")
 _LAUNCHES = {("triton", False): 2, ("triton", True): 5, ("cuda", False): 1, ("cuda", True): 2}
 
@@ -40,8 +53,16 @@ def _geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def compare(of_triton: dict[str, Entry], of_cuda: Entry, backward: bool) -> tuple[float, float, dict[str, float]]:
-    """(Triton's microseconds, CUDA's, their shares of the DRAM roofline): geometric means over the same stages."""
+def compare(
+    of_triton: dict[str, Entry],
+    of_cuda: Entry,
+    backward: bool,
+    measured: dict[str, tuple[float, ...]] | None = None,
+) -> tuple[float, float, dict[str, float]]:
+    """(Triton's microseconds, CUDA's, their shares of the DRAM roofline): geometric means over the same stages.
+
+    measured: microseconds by stage, instead of those predicted.
+    """
     names = _BACKWARD if backward else ("forward",)
     labels = [stage.label for stage in of_triton["forward"].stages]
     theirs = {stage.label: stage for stage in of_cuda.stages}
@@ -50,7 +71,10 @@ def compare(of_triton: dict[str, Entry], of_cuda: Entry, backward: bool) -> tupl
     for index, label in enumerate(labels):
         ours = sum(of_triton[name].stages[index].prediction.microseconds for name in names)
         for backend, predicted in (("triton", ours), ("cuda", theirs[label].prediction.microseconds)):
-            times[backend].append(predicted + LAUNCH_US * _LAUNCHES[backend, backward])
+            if measured is not None:
+                predicted = measured[backend][index]
+            launches = 0 if measured is not None else _LAUNCHES[backend, backward]
+            times[backend].append(predicted + LAUNCH_US * launches)
             shares[backend].append(theirs[label].prediction.floor / predicted)
     means = {backend: _geometric_mean(values) for backend, values in shares.items()}
     return _geometric_mean(times["triton"]), _geometric_mean(times["cuda"]), means
@@ -64,7 +88,8 @@ def rows_of(
     theirs = cuda_entries.entries(module, [target], [dtype], [7], VARIANTS[aligned], batch)
     for backward in (False, True):
         entry = next(e for e in theirs if e.row.kernel.name == ("backward" if backward else "forward"))
-        triton_us, cuda_us, shares = compare(ours, entry, backward)
+        measured = MEASURED.get((target, triton.DTYPES[dtype][1], aligned, backward, batch))
+        triton_us, cuda_us, shares = compare(ours, entry, backward, measured)
         yield {
             "arch": target,
             "bits": triton.DTYPES[dtype][1],
@@ -74,7 +99,7 @@ def rows_of(
             "backend": "cuda" if cuda_us < MARGIN * triton_us else "triton",
             "triton_us": round(triton_us, 1),
             "cuda_us": round(cuda_us, 1),
-            "reason": f"batch {batch}: Triton at {shares['triton']:.0%} of the DRAM roofline in "
+            "reason": f"batch {batch}{'' if measured is None else ', measured'}: Triton at {shares['triton']:.0%} of the DRAM roofline in "
             f"{_LAUNCHES['triton', backward]} launches, CUDA C++ at {shares['cuda']:.0%} in "
             f"{_LAUNCHES['cuda', backward]}",
         }

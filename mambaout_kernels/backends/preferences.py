@@ -1,6 +1,7 @@
-"""Which of two GPU backends is faster for a call: preferences.json, predicted from machine code and datasheets.
+"""Which of two GPU backends is faster for a call: preferences.json, measured on an H100 where its rows say so, else
+predicted from machine code and datasheets.
 
-`python -m mambaout_kernels.audit.preferences` writes the table; nothing in it was measured.
+`python -m mambaout_kernels.audit.preferences` writes the table.
 """
 
 import functools
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Preference:
-    """For 7 x 7 filters on one architecture: which backend, with the microseconds predicted for each and why.
+    """For 7 x 7 filters on one architecture: which backend, with the microseconds measured or predicted for each and why.
 
     aligned: hidden and conv channels fill 16 bytes; max_elements: of y, None for any number.
     """

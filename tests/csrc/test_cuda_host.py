@@ -27,6 +27,7 @@ SHAPES = {
     "no conv channels": (1, 4, 4, 16, 0, 7),
     "no identity channels": (1, 8, 9, 32, 32, 7),
     "an odd number of channels": (2, 7, 7, 41, 17, 7),
+    "chunks without conv channels": (1, 3, 4, 131, 31, 7),
     "two chunks, the last one partly": (1, 5, 6, 64, 48, 5),
     "any odd filter": (1, 6, 5, 21, 8, 9),
     "largest filter": (1, 3, 20, 24, 16, 31),
