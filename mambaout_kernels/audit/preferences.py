@@ -89,6 +89,7 @@ def rows_of(
     for backward in (False, True):
         entry = next(e for e in theirs if e.row.kernel.name == ("backward" if backward else "forward"))
         measured = MEASURED.get((target, triton.DTYPES[dtype][1], aligned, backward, batch))
+        how = "" if measured is None else ", measured"
         triton_us, cuda_us, shares = compare(ours, entry, backward, measured)
         yield {
             "arch": target,
@@ -99,7 +100,7 @@ def rows_of(
             "backend": "cuda" if cuda_us < MARGIN * triton_us else "triton",
             "triton_us": round(triton_us, 1),
             "cuda_us": round(cuda_us, 1),
-            "reason": f"batch {batch}{'' if measured is None else ', measured'}: Triton at {shares['triton']:.0%} of the DRAM roofline in "
+            "reason": f"batch {batch}{how}: Triton at {shares['triton']:.0%} of the DRAM roofline in "
             f"{_LAUNCHES['triton', backward]} launches, CUDA C++ at {shares['cuda']:.0%} in "
             f"{_LAUNCHES['cuda', backward]}",
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Preference:
-    """For 7 x 7 filters on one architecture: which backend, with the microseconds measured or predicted for each and why.
+    """For 7 x 7 filters on one architecture: which backend, with the microseconds (measured, predicted) and why.
 
     aligned: hidden and conv channels fill 16 bytes; max_elements: of y, None for any number.
     """
