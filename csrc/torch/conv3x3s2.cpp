@@ -14,19 +14,9 @@ std::int64_t packed_bytes(const Conv3x3s2Shape& shape, cpu::PackedFormat format)
 
 Tensor pack(const Tensor& like, const Conv3x3s2Shape& shape, const Conv3x3s2Parameters& parameters) {
   const cpu::PackedFormat format = cpu::conv3x3s2_packed_format(shape);
-  Tensor packed = new_packed(like, packed_bytes(shape, format));
-  auto* header = static_cast<PackedHeader*>(packed.mutable_data_ptr());
-  *header = {kPackedMagic,
-             kPackedVersion,
-             PackedOp::kConv3x3s2,
-             format.lanes,
-             format.element_bytes,
-             packed_bytes(shape, format),
-             static_cast<std::int64_t>(shape.compute_dtype),
-             static_cast<std::int64_t>(shape.act),
-             shape.eps,
-             {shape.in_channels, shape.out_channels, shape.normed, 0}};
-  cpu::pack_conv3x3s2(shape, parameters, header + 1);
+  Tensor packed = new_packed(like, PackedOp::kConv3x3s2, shape, format, packed_bytes(shape, format),
+                             {shape.in_channels, shape.out_channels, shape.normed, 0});
+  cpu::pack_conv3x3s2(shape, parameters, static_cast<PackedHeader*>(packed.mutable_data_ptr()) + 1);
   return packed;
 }
 
@@ -38,10 +28,7 @@ Tensor pack_conv3x3s2(Tensor weight, std::optional<Tensor> bias, std::optional<T
   shape.in_channels = weight.size(1);
   shape.out_channels = weight.size(0);
   shape.normed = normed;
-  shape.act = act_of(act);
-  shape.eps = static_cast<float>(eps);
-  shape.compute_dtype = bf16 ? DType::kBFloat16 : DType::kFloat32;
-  check_compute_dtype(shape.compute_dtype);
+  checked_compute(shape, act, eps, bf16);
   Weights weights;
   return pack(
       weight, shape,
@@ -55,9 +42,7 @@ Conv3x3s2Shape shape_of(const PackedHeader& header) {
   shape.in_channels = header.sizes[0];
   shape.out_channels = header.sizes[1];
   shape.normed = header.sizes[2] != 0;
-  shape.act = static_cast<Act>(header.act);
-  shape.eps = static_cast<float>(header.eps);
-  shape.compute_dtype = compute_dtype_of(header);
+  read_compute(shape, header);
   STD_TORCH_CHECK(
       shape.in_channels > 0 && shape.out_channels > 0 && header.bytes == packed_bytes(shape, format_of(header)),
       "packed is damaged");
@@ -113,8 +98,7 @@ Tensor repack_conv3x3s2(Tensor packed) {
   const auto data = [](Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
   cpu::unpack_conv3x3s2(shape, format_of(header), &header + 1,
                         {data(weight), data(bias), data(norm_weight), data(norm_bias)});
-  // bf16 values that this processor does not multiply as such are multiplied in fp32.
-  if (!cpu::block_supports(shape.compute_dtype)) shape.compute_dtype = DType::kFloat32;
+  fit_compute(shape);
   return pack(packed, shape, {data(weight), data(bias), data(norm_weight), data(norm_bias)});
 }
 

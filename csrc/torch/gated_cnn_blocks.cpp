@@ -12,25 +12,11 @@ std::int64_t packed_bytes(const GatedCnnBlockShape& shape, cpu::PackedFormat for
   return static_cast<std::int64_t>(sizeof(PackedHeader)) + cpu::block_packed_bytes(shape, format);
 }
 
-PackedHeader header_of(const GatedCnnBlockShape& shape, cpu::PackedFormat format) {
-  return {kPackedMagic,
-          kPackedVersion,
-          PackedOp::kGatedCnnBlock,
-          format.lanes,
-          format.element_bytes,
-          packed_bytes(shape, format),
-          static_cast<std::int64_t>(shape.compute_dtype),
-          static_cast<std::int64_t>(shape.act),
-          shape.eps,
-          {shape.dim, shape.D, shape.C, shape.K}};
-}
-
-Tensor pack(Tensor norm_weight_like, const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters) {
+Tensor pack(const Tensor& like, const GatedCnnBlockShape& shape, const GatedCnnBlockParameters& parameters) {
   const cpu::PackedFormat format = cpu::block_packed_format(shape);
-  Tensor packed = new_packed(norm_weight_like, packed_bytes(shape, format));
-  auto* header = static_cast<PackedHeader*>(packed.mutable_data_ptr());
-  *header = header_of(shape, format);
-  cpu::pack_block(shape, parameters, header + 1);
+  Tensor packed = new_packed(like, PackedOp::kGatedCnnBlock, shape, format, packed_bytes(shape, format),
+                             {shape.dim, shape.D, shape.C, shape.K});
+  cpu::pack_block(shape, parameters, static_cast<PackedHeader*>(packed.mutable_data_ptr()) + 1);
   return packed;
 }
 
@@ -55,10 +41,7 @@ Tensor pack_gated_cnn_block(std::optional<Tensor> norm_weight, std::optional<Ten
     shape.K = static_cast<int>(w.size(2));
   }
   STD_TORCH_CHECK(shape.C <= shape.D, "conv_weight must have at most hidden = ", shape.D, " channels, has ", shape.C);
-  shape.act = act_of(act);
-  shape.eps = static_cast<float>(eps);
-  shape.compute_dtype = bf16 ? DType::kBFloat16 : DType::kFloat32;
-  check_compute_dtype(shape.compute_dtype);
+  checked_compute(shape, act, eps, bf16);
 
   Weights weights;
   GatedCnnBlockParameters p{};
@@ -81,9 +64,7 @@ GatedCnnBlockShape shape_of(const PackedHeader& header) {
   shape.D = header.sizes[1];
   shape.C = header.sizes[2];
   shape.K = static_cast<int>(header.sizes[3]);
-  shape.act = static_cast<Act>(header.act);
-  shape.eps = static_cast<float>(header.eps);
-  shape.compute_dtype = compute_dtype_of(header);
+  read_compute(shape, header);
   STD_TORCH_CHECK(shape.dim > 0 && shape.D > 0 && shape.C <= shape.D && shape.K % 2 == 1 && shape.K <= kMaxKernelSize &&
                       header.bytes == packed_bytes(shape, format_of(header)),
                   "packed is damaged");
@@ -174,8 +155,7 @@ Tensor repack_gated_cnn_blocks(Tensor packed) {
     const PackedHeader& header = header_at(packed, offset, PackedOp::kGatedCnnBlock, kMaker);
     GatedCnnBlockShape shape = shape_of(header);
     const std::vector<Tensor> from = unpack_at(packed, header);
-    // bf16 values that this processor does not multiply as such are multiplied in fp32.
-    if (!cpu::block_supports(shape.compute_dtype)) shape.compute_dtype = DType::kFloat32;
+    fit_compute(shape);
     const auto data = [&](int i) { return static_cast<const float*>(from[i].const_data_ptr()); };
     parts.push_back(
         pack(packed, shape, {data(0), data(1), data(2), data(3), data(4), data(5), data(6), data(7), data(8)}));

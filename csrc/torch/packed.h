@@ -69,6 +69,24 @@ inline Tensor new_packed(const Tensor& like, std::int64_t bytes) {
   return packed;
 }
 
+// Memory with a header for `bytes` of weights behind it; the op's sizes are its own.
+template <typename Shape>
+Tensor new_packed(const Tensor& like, PackedOp op, const Shape& shape, cpu::PackedFormat format, std::int64_t bytes,
+                  const std::int64_t (&sizes)[4]) {
+  Tensor packed = new_packed(like, bytes);
+  *static_cast<PackedHeader*>(packed.mutable_data_ptr()) = {kPackedMagic,
+                                                            kPackedVersion,
+                                                            op,
+                                                            format.lanes,
+                                                            format.element_bytes,
+                                                            bytes,
+                                                            static_cast<std::int64_t>(shape.compute_dtype),
+                                                            static_cast<std::int64_t>(shape.act),
+                                                            shape.eps,
+                                                            {sizes[0], sizes[1], sizes[2], sizes[3]}};
+  return packed;
+}
+
 // Packed weights at an address that the kernels can read.
 inline Tensor aligned(const Tensor& packed) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1,
@@ -110,6 +128,29 @@ inline const PackedHeader& header_at(const Tensor& packed, std::int64_t offset, 
 
 inline DType compute_dtype_of(const PackedHeader& header) {
   return header.compute_dtype == static_cast<std::int64_t>(DType::kBFloat16) ? DType::kBFloat16 : DType::kFloat32;
+}
+
+// What every op's shape holds beside its sizes.
+template <typename Shape>
+void set_compute(Shape& shape, Act act, double eps, DType compute_dtype) {
+  shape.act = act;
+  shape.eps = static_cast<float>(eps);
+  shape.compute_dtype = compute_dtype;
+}
+template <typename Shape>
+void read_compute(Shape& shape, const PackedHeader& header) {
+  set_compute(shape, static_cast<Act>(header.act), header.eps, compute_dtype_of(header));
+}
+// Of a call that packs; bf16: to be multiplied in bfloat16.
+template <typename Shape>
+void checked_compute(Shape& shape, const std::string& act, double eps, bool bf16) {
+  set_compute(shape, act_of(act), eps, bf16 ? DType::kBFloat16 : DType::kFloat32);
+  check_compute_dtype(shape.compute_dtype);
+}
+// bf16 values that this processor does not multiply as such are multiplied in fp32.
+template <typename Shape>
+void fit_compute(Shape& shape) {
+  if (!cpu::block_supports(shape.compute_dtype)) shape.compute_dtype = DType::kFloat32;
 }
 
 inline cpu::PackedFormat format_of(const PackedHeader& header) {
