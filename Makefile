@@ -7,8 +7,13 @@ NATIVE := $(wildcard $(foreach depth,* */* */*/*,$(addprefix csrc/$(depth),.h .c
 BENCH_OUT ?= benchmarks/results
 CPP := '*.h' '*.cpp' '*.cu' '*.cuh'
 
-# Tests by file on two processes; no test asserts a time.
-PARALLEL := -n 2 --dist loadfile
+# Tests by file on two processes, in the order of the files: those with few tests, which take long, are not the last.
+# No test asserts a time.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
+# The CUDA kernels, where nvcc is: for the card at hand; without one, for one kind of card, to see that they compile.
+CARDS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(CARDS),8.0+PTX)
 
 .PHONY: bench test test-fast nightly processors sanitize lint docs format abi gpu-acceptance clean
 
@@ -17,7 +22,7 @@ bench: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest tests $(PARALLEL)
-	@if [ -d tests/triton_interpreter ]; then TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter; fi
+	@if [ -d tests/triton_interpreter ]; then TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter -n 2; fi
 
 # While working: of every test its first case, without those that build, start other runtimes or take seconds.
 test-fast: $(READY)

@@ -195,6 +195,7 @@ def test_the_gates_see_spills(tmp_path):
 
 @needs_nvcc
 @needs_cuobjdump
+@pytest.mark.nightly
 def test_the_gates_see_narrow_accesses_and_lost_multiply_adds(tmp_path):
     kernel = compile_kernels(tmp_path)["forward K=7 bfloat16 unaligned"]
     seen = {**vars(kernel), "aligned": True, "multiply_adds": kernel.multiply_adds * 2}

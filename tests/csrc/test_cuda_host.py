@@ -225,6 +225,7 @@ def fault_of(kind, kernels, unit, shape, schedule=Schedule()):  # noqa: B008
     return found
 
 
+@pytest.mark.nightly
 def test_a_write_out_of_bounds_is_caught(tmp_path):
     kernels = planted(
         tmp_path, "forward.cuh", "if (s < pixels && c < channels) value.store", "if (c < channels) value.store"
@@ -235,6 +236,7 @@ def test_a_write_out_of_bounds_is_caught(tmp_path):
     assert "WRITE of size 4" in str(found.value)
 
 
+@pytest.mark.nightly
 def test_a_write_out_of_bounds_in_shared_memory_is_caught(tmp_path):
     kernels = planted(tmp_path, "staging.cuh", "i < bytes; i += blockDim.x * 16", "i <= bytes; i += blockDim.x * 16")
     found = fault_of("memory", kernels, "forward.cu", SHAPES["one pixel"])

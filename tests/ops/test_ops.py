@@ -26,9 +26,8 @@ def test_schemas():
     )
 
 
-@pytest.mark.parametrize("act", ["gelu", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(act, dtype):
+@pytest.mark.parametrize(("dtype", "act"), [(torch.float32, "gelu"), (torch.bfloat16, "silu")], ids=str)
+def test_opcheck(dtype, act):
     tensors, dy = leaves(dtype=dtype)
     torch.library.opcheck(OP, (*tensors, act), rtol=3e-2, atol=3e-2)
     torch.library.opcheck(BACKWARD, (dy, *tensors, act), rtol=3e-2, atol=3e-2)
