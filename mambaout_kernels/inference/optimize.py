@@ -32,7 +32,8 @@ def optimize_for_inference(
         model: a MambaOut of this package, of timm or of the authors, patched or not; one block; or any module that
             contains such parts (nn.Sequential, features_only, a detector, an EMA or DDP wrapper). It stays as it is.
         dtype: what to compute in: float32 or bfloat16 are fused. None for the model's own. As after `model.to(dtype)`,
-            weights are rounded to it, and so is the input.
+            weights are rounded to it, and so is the input. In float32 `torch.set_float32_matmul_precision` counts: what
+            it says now, "medium" for products of bfloat16 numbers on processors that multiply these fast.
         device: where to; None for the model's own.
 
     Raises:

@@ -21,7 +21,9 @@ def refuse_gradients(x: Tensor) -> None:
 
 
 def _multiply_bf16(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and cpu.multiplies_bf16()
+    """As torch.set_float32_matmul_precision asks: "medium" allows fp32 products in bf16, the others do not."""
+    wanted = dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    return wanted and cpu.multiplies_bf16()
 
 
 class PackedPart(nn.Module):

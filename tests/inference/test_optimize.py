@@ -14,6 +14,7 @@ from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
 from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.benchmarking.inputs import enlivened
+from mambaout_kernels.inference import parts
 from mambaout_kernels.inference.parts import FusedHead, PackedBlocks, PackedPart
 from mambaout_kernels.nn.layers import DropPath
 
@@ -599,6 +600,28 @@ def test_mixed_dtypes():
     model.norm.double()
     assert "norm.weight is torch.float64" in reasons(mk.optimize_for_inference(model))["head"]
     assert not reasons(mk.optimize_for_inference(model, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_fp32_products_follow_torchs_precision(monkeypatch, precision, fast):
+    asked = []
+    pack = parts.blocks_op.pack
+
+    def recorded(*weights, bf16, **settings):
+        asked.append(bf16)
+        return pack(*weights, bf16=False, **settings)
+
+    monkeypatch.setattr(parts.blocks_op, "pack", recorded)
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: fast)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            mk.optimize_for_inference(nn.Sequential(mk.FusedGatedCNNBlock(16).to(dtype)))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == [fast and precision == "medium", fast]
 
 
 def test_a_backend_that_is_asked_for():
