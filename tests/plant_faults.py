@@ -58,6 +58,7 @@ class Copy:
         configure = ["-S", ".", "-B", self._build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
                      f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DMAMBAOUT_CUDA=OFF",
                      f"-DMAMBAOUT_PORTABLE={'ON' if isas == 'portable' else 'OFF'}",
+                     f"-DMAMBAOUT_EMULATED_AMX={'ON' if isas == 'amx' else 'OFF'}",
                      "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # fmt: skip
         install = ["--install", self._build, "--prefix", "mambaout_kernels", "--component", "cpu"]
         for arguments in (configure, ["--build", self._build, "--target", "_C"], install):
@@ -107,7 +108,7 @@ class Copy:
 def selected_faults(args: argparse.Namespace) -> list[FaultySource]:
     part, parts = map(int, args.part.split("/"))
     wanted = [f for f in FAULTS if args.only in str(f) and not (args.python_only and f.compiled)]
-    wanted.sort(key=lambda f: (f.compiled, f.isas == "all"))
+    wanted.sort(key=lambda f: (f.compiled, f.isas))
     return [f for i, f in enumerate(wanted) if i * parts // len(wanted) == part - 1]
 
 

@@ -50,7 +50,7 @@ def test_only_torchs_stable_abi_is_used():
 
 @needs_module
 @needs_nm
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_nothing_leaks_from_the_code_of_an_instruction_set(isa):
     """Else the linker may take an inline function from there for the whole program, on any processor."""
     tables = ("GatedDwconvKernels", "BlockKernels", "Conv3x3s2Kernels", "MatmulKernels", "HeadKernels", "PeakKernel")

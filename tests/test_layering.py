@@ -82,7 +82,7 @@ print([m for m in {heavy} if m in set(sys.modules) - before])
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-ISA_UNITS = ["kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp"]
+ISA_UNITS = ["kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp", "kernels_amx_bf16.cpp"]
 
 
 @pytest.mark.parametrize("unit", ISA_UNITS)

@@ -1,6 +1,8 @@
 // LayerNorm of pixels. Needs simd/loops.h before it.
 #pragma once
 
+#include "gemm/left_factor.h"
+
 namespace mambaout_kernels::cpu {
 namespace {
 
@@ -8,7 +10,7 @@ namespace {
 // chains of operations hide each other's latency.
 template <int kCount, typename From, typename To>
 void norm_pixels(const From* from, std::int64_t from_step, std::int64_t dim, std::int64_t padded, float eps,
-                 const float* weight, const float* bias, To* to, std::int64_t to_step) {
+                 const float* weight, const float* bias, To to, std::int64_t to_step) {
   constexpr int L = Vec::kLanes;
   const auto load_all = [&](std::int64_t d, int lanes) {
     return map<kCount>([&](int i) { return load_lanes<Vec>(from + i * from_step + d, lanes); });
@@ -40,11 +42,10 @@ void norm_pixels(const From* from, std::int64_t from_step, std::int64_t dim, std
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {
     const auto normed = fma((load_all(d, lanes) - mean - off) * scale, load(weight + d), load(bias + d));
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) store_lanes(to + i * to_step + d, normed.vec[i], lanes);
+    for (int i = 0; i < kCount; ++i) store_lanes(to + (i * to_step + d), normed.vec[i], lanes);
   });
-  for (int i = 0; i < kCount; ++i) {
-    for (std::int64_t d = dim; d < padded; ++d) to[i * to_step + d] = To{};
-  }
+  if (dim == padded) return;
+  for (int i = 0; i < kCount; ++i) clear(to + (i * to_step + dim), padded - dim);
 }
 
 // Calls body(Constant<count>, index), Vec::kUnroll at a time.

@@ -10,15 +10,17 @@ namespace mambaout_kernels::cpu {
 // none has.
 template <typename Kernels, typename... DTypes>
 const Kernels* select_kernels(DTypes... dtypes) {
-#ifdef MAMBAOUT_X86
-  const Isa isa = current_isa();
   const Kernels* kernels = nullptr;
-  if (isa >= Isa::kAvx512Bf16) kernels = Kernels::avx512_bf16(dtypes...);
+  [[maybe_unused]] const Isa isa = current_isa();
+#if defined(MAMBAOUT_X86) || defined(MAMBAOUT_EMULATED_AMX)
+  if (isa == Isa::kAmxBf16) kernels = Kernels::amx_bf16(dtypes...);
+#endif
+#if defined(MAMBAOUT_X86)
+  if (isa == Isa::kAvx512Bf16) kernels = Kernels::avx512_bf16(dtypes...);
   if (kernels == nullptr && isa >= Isa::kAvx512) kernels = Kernels::avx512(dtypes...);
   if (kernels == nullptr && isa >= Isa::kAvx2) kernels = Kernels::avx2(dtypes...);
-  if (kernels != nullptr) return kernels;
 #endif
-  return Kernels::portable(dtypes...);
+  return kernels != nullptr ? kernels : Kernels::portable(dtypes...);
 }
 
 }  // namespace mambaout_kernels::cpu

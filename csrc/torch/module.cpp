@@ -17,11 +17,9 @@
 namespace mambaout_kernels {
 namespace {
 
-constexpr cpu::Isa kIsas[] = {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16};
-
 void set_cpu_capability(const std::string& name) {
   std::ostringstream allowed;
-  for (const cpu::Isa isa : kIsas) {
+  for (const cpu::Isa isa : cpu::kIsas) {
     if (!cpu::supported(isa)) continue;
     if (name == cpu::isa_name(isa)) {
       cpu::set_isa(isa);
@@ -34,7 +32,7 @@ void set_cpu_capability(const std::string& name) {
 
 pybind11::list isa_names(bool (*wanted)(cpu::Isa)) {
   pybind11::list names;
-  for (const cpu::Isa isa : kIsas) {
+  for (const cpu::Isa isa : cpu::kIsas) {
     if (wanted(isa)) names.append(cpu::isa_name(isa));
   }
   return names;
@@ -99,6 +97,9 @@ PYBIND11_MODULE(_C, m) {
         "FLOP/s of each of torch's threads, all at once: multiply-adds on registers, in fp32 or of bf16 pairs. Raises "
         "ValueError where bfloat16 is not multiplied.");
   m.def("cpu_capability", [] { return std::string(cpu::isa_name(cpu::current_isa())); }, "The instruction set in use.");
+  m.def(
+      "cpu_capability_reason", [] { return std::string(cpu::isa_reason()); },
+      "Why it is not a better one; empty where there is none.");
   m.def("set_cpu_capability", &set_cpu_capability, pybind11::arg("name"),
         "Uses another instruction set (for tests). Raises ValueError where the processor lacks it.");
   m.def(

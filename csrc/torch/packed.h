@@ -18,15 +18,15 @@ enum class PackedOp : std::int64_t { kGatedCnnBlock = 1, kConv3x3s2 = 2 };
 struct alignas(64) PackedHeader {
   std::int64_t magic, version;
   PackedOp op;
-  std::int64_t lanes, element_bytes;  // cpu::PackedFormat
-  std::int64_t bytes;                 // of the header and the weights
+  std::int64_t lanes, parts, step;  // cpu::PackedFormat
+  std::int64_t bytes;               // of the header and the weights
   std::int64_t compute_dtype, act;
   double eps;
   std::int64_t sizes[4];         // of the op's shape
-  std::int64_t padding[3] = {};  // written too: equal weights are equal bytes
+  std::int64_t padding[2] = {};  // written too: equal weights are equal bytes
 };
 constexpr std::int64_t kPackedMagic = 0x74754f61626d614d;  // "MambaOut"
-constexpr std::int64_t kPackedVersion = 1;
+constexpr std::int64_t kPackedVersion = 2;
 static_assert(sizeof(PackedHeader) == 128);
 
 // A weight as the packing functions read it: fp32, dense; null where there is none. `kept` outlives it.
@@ -78,7 +78,8 @@ Tensor new_packed(const Tensor& like, PackedOp op, const Shape& shape, cpu::Pack
                                                             kPackedVersion,
                                                             op,
                                                             format.lanes,
-                                                            format.element_bytes,
+                                                            format.parts,
+                                                            format.step,
                                                             bytes,
                                                             static_cast<std::int64_t>(shape.compute_dtype),
                                                             static_cast<std::int64_t>(shape.act),
@@ -99,7 +100,7 @@ inline Tensor aligned(const Tensor& packed) {
 }
 
 inline bool same_format(const PackedHeader& header, cpu::PackedFormat format) {
-  return header.lanes == format.lanes && header.element_bytes == format.element_bytes;
+  return header.lanes == format.lanes && header.parts == format.parts && header.step == format.step;
 }
 
 inline bool known_format(const PackedHeader& header) {
@@ -154,7 +155,7 @@ void fit_compute(Shape& shape) {
 }
 
 inline cpu::PackedFormat format_of(const PackedHeader& header) {
-  return {static_cast<int>(header.lanes), static_cast<int>(header.element_bytes)};
+  return {static_cast<int>(header.lanes), static_cast<int>(header.parts), static_cast<int>(header.step)};
 }
 
 inline void check_format(const PackedHeader& header, cpu::PackedFormat in_use) {

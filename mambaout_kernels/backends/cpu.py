@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/cpu): AVX-512, AVX2 or portable, chosen when the module loads."""
+"""The compiled CPU kernels (csrc/cpu): AMX, AVX-512, AVX2 or portable, chosen when the module loads."""
 
 from types import ModuleType
 
@@ -56,4 +56,4 @@ def instruction_set() -> str:
 
 def multiplies_bf16() -> bool:
     """Whether the instruction set in use multiplies bfloat16 in what is packed; if not, it multiplies float32."""
-    return module is not None and bool(module.cpu_capability() == "avx512_bf16")
+    return module is not None and module.cpu_capability() in ("avx512_bf16", "amx_bf16")

@@ -73,7 +73,7 @@ def shapes(packed: Tensor) -> list[tuple[int, ...]]:
     """
     found, words = [], packed.view(torch.int64)
     while words.numel():
-        op, count, sizes = words[2], words[5], words[9:13]
+        op, count, sizes = words[2], words[6], words[10:14]
         found.append((int(op), *sizes.tolist()))
         words = words[int(count) // 8 :]
     return found

@@ -19,17 +19,20 @@ from mambaout_kernels.reference import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 4}
 PARAMETERS = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "conv_weight", "conv_bias", "fc2_weight",
               "fc2_bias", "scale")  # fmt: skip
 
 _SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all"
-# "plain" has the flags of the module, and guard pages around every buffer.
-FLAGS = {
-    "plain": None,
-    "memory": f"{_SANITIZED} -fsanitize=address,undefined,float-cast-overflow",
-    "races": f"{_SANITIZED} -fsanitize=thread",
-}
+_MEMORY = f"{_SANITIZED} -fsanitize=address,undefined,float-cast-overflow"
+_RACES = f"{_SANITIZED} -fsanitize=thread"
+# "plain" has the flags of the module, and guard pages around every buffer. "amx" has portable C++ and the unit of AMX,
+# with tile instructions in C++.
+FLAGS = {"plain": None, "memory": _MEMORY, "races": _RACES, "amx-memory": _MEMORY, "amx-races": _RACES}
+
+
+def isas_of(kind: str, of_module: list[str]) -> list[str]:
+    return ["portable", "amx_bf16"] if kind.startswith("amx") else of_module
 
 
 def missing() -> str | None:
@@ -55,6 +58,8 @@ def build(kind: str) -> Path:
     configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DMAMBAOUT_PYTHON_MODULE=OFF"]
     if flags is not None:
         configure.append(f"-DCMAKE_CXX_FLAGS_RELEASE={flags}")
+    if kind.startswith("amx"):
+        configure.append("-DMAMBAOUT_EMULATED_AMX=ON")
     commands = [] if reused else [configure]
     for command in (*commands, ["cmake", "--build", folder, "--target", "cpu_launch"]):
         done = subprocess.run(command, env={**os.environ, "PATH": _path()}, capture_output=True, text=True)

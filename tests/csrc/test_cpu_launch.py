@@ -1,7 +1,8 @@
 """The CPU kernels through their launch interface, without torch (tests/cpu_launch): between guard pages with the flags
 of the module, and under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-`make test` runs the guard pages and a few shapes under AddressSanitizer; `make sanitize` all of it.
+`make test` runs the guard pages on every instruction set, and under AddressSanitizer portable C++ and the unit of AMX,
+whose tile instructions are C++ there; `make sanitize` all of it.
 """
 
 import copy
@@ -39,7 +40,9 @@ from mambaout_kernels import _C
 
 ISAS = _C.supported_cpu_capabilities()
 DTYPES = list(launch.DTYPES)
-KINDS = ["plain", "memory", pytest.param("races", marks=pytest.mark.sanitize)]
+BF16_ISAS = ("avx512_bf16", "amx_bf16")  # which multiply bfloat16
+USUAL = ("plain", "amx-memory")
+KINDS = [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.sanitize) for kind in launch.FLAGS]
 
 # N, H, W, D, C, K: each reaches a branch of its own
 SHAPES = {
@@ -55,23 +58,20 @@ SHAPES = {
     "one column": (1, 33, 1, 16, 16, 7),
     "no pixel": (2, 0, 4, 8, 4, 7),
 }
-FEW = (
-    "stem",
-    "between stages",
-    "filter wider than the image",
-    "no conv channels",
-    "base's odd hidden",
-    "two columns of tiles",
-)
 
 
-def cases(shapes) -> list:
-    """(kind, shape): every shape between guard pages, a few under AddressSanitizer; the rest for make sanitize."""
+def cases(shapes, on_amx: bool) -> list:
+    """(kind, isa, shape); those of the sanitizers on every instruction set are for make sanitize.
 
-    def marks(kind, name):
-        return () if kind == "plain" or (kind == "memory" and name in FEW) else pytest.mark.sanitize
-
-    return [pytest.param(k, n, id=f"{k}-{n}", marks=marks(k, n)) for k in launch.FLAGS for n in shapes]
+    on_amx: whether AMX has kernels for it.
+    """
+    return [
+        pytest.param(kind, isa, name, id=f"{kind}-{isa}-{name}", marks=() if kind in USUAL else pytest.mark.sanitize)
+        for kind in launch.FLAGS
+        for isa in launch.isas_of(kind, ISAS)
+        for name in shapes
+        if on_amx or isa != "amx_bf16"
+    ]
 
 
 RUNNING: dict[str, launch.Program] = {}
@@ -98,9 +98,8 @@ def case(shape, dtype, act, layout):
     return inputs, expected_of(inputs, act)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("kind", "shape"), cases(SHAPES))
-def test_op(kind, shape, isa):
+@pytest.mark.parametrize(("kind", "isa", "shape"), cases(SHAPES, on_amx=False))
+def test_op(kind, isa, shape):
     for i, (dtype, layout) in enumerate((d, y) for d in DTYPES for y in LAYOUTS):
         act = ACTIVATIONS[i % len(ACTIVATIONS)]
         inputs, expected = case(SHAPES[shape], dtype, act, layout)
@@ -145,13 +144,12 @@ def block_case(shape, dtype, layout):
     return case.x, block, theirs, truth, error_bounds.of_block(block, case.x)["y"]
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("kind", "shape"), cases(BLOCKS))
-def test_block(kind, shape, isa):
+@pytest.mark.parametrize(("kind", "isa", "shape"), cases(BLOCKS, on_amx=True))
+def test_block(kind, isa, shape):
     for i, layout in enumerate(LAYOUTS):
         for dtype in (torch.float32, torch.bfloat16):
             x, block, *beside = block_case(BLOCKS[shape], dtype, layout)
-            low_precision = dtype == torch.bfloat16 and isa == "avx512_bf16"
+            low_precision = dtype == torch.bfloat16 and isa in BF16_ISAS
             where = Where(isa, threads=1 + i, at_begin=i % 2 == 1)
             ours = program(kind).block(x, parameters_of(block), "gelu", block.norm.eps, low_precision, where)
             assert_accurate(ours, *beside)
@@ -172,9 +170,8 @@ CHANNELS = {
 }
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("kind", "shape"), cases(DOWNSAMPLINGS))
-def test_downsampling(kind, shape, isa):
+@pytest.mark.parametrize(("kind", "isa", "shape"), cases(DOWNSAMPLINGS, on_amx=True))
+def test_downsampling(kind, isa, shape):
     N, H, W, channels, out_channels, normed = DOWNSAMPLINGS[shape]
     torch.manual_seed(6)
     conv = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
@@ -190,7 +187,7 @@ def test_downsampling(kind, shape, isa):
             conv, norm = (m and m.to(dtype).float() for m in (conv, norm))  # parameters that the dtype has
         act = ACTIVATIONS[i % len(ACTIVATIONS)]
         x = CHANNELS[layout](torch.randn(N, H, W, channels).to(dtype))
-        low_precision = dtype == torch.bfloat16 and isa == "avx512_bf16"
+        low_precision = dtype == torch.bfloat16 and isa in BF16_ISAS
         ours = program(kind).downsample(x, conv, norm, act, low_precision, Where(isa, 1 + i % 3, i % 2 == 1))
         bound = error_bounds.of_downsampling((conv, norm, act), x)
         assert_accurate(ours, by_modules(x, dtype), by_modules(x, torch.float64), bound)
@@ -209,9 +206,8 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("kind", "shape"), cases(PRODUCTS))
-def test_products(kind, shape, isa):
+@pytest.mark.parametrize(("kind", "isa", "shape"), cases(PRODUCTS, on_amx=False))
+def test_products(kind, isa, shape):
     """Of training's linear layers, with either factor turned, or part of a wider matrix; and of rows."""
     M, N, K = PRODUCTS[shape]
     torch.manual_seed(7)
@@ -234,7 +230,7 @@ def test_products(kind, shape, isa):
             assert_accurate(of_rows, eager[0], truth[0], bounds[0])
 
 
-CASES = {"plain": 40, "memory": 12, "races": 12}
+CASES = {"plain": 40, "memory": 12, "races": 12, "amx-memory": 12, "amx-races": 12}
 
 
 @pytest.mark.generated
@@ -242,7 +238,7 @@ CASES = {"plain": 40, "memory": 12, "races": 12}
 def test_generated_calls_of_the_op(kind):
     """Arbitrary sizes, layouts, dtypes, threads and instruction sets, straight to the launch interface."""
 
-    @given(op_cases(ISAS, launched=True))
+    @given(op_cases(launch.isas_of(kind, ISAS), launched=True))
     def launched(case):
         inputs = case.inputs
         found = program(kind).op(inputs, case.act, Where(case.isa, case.threads, case.at_begin))
@@ -254,9 +250,9 @@ def test_generated_calls_of_the_op(kind):
 @pytest.mark.generated
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_calls_of_the_block(kind):
-    @given(block_cases(ISAS, launched=True))
+    @given(block_cases(launch.isas_of(kind, ISAS), launched=True))
     def launched(case):
-        low_precision = case.dtype == torch.bfloat16 and case.isa == "avx512_bf16"
+        low_precision = case.dtype == torch.bfloat16 and case.isa in BF16_ISAS
         block, theirs, truth = block_and_outputs(case)
         where = Where(case.isa, case.threads, case.at_begin)
         ours = program(kind).block(case.x, parameters_of(block), case.act, block.norm.eps, low_precision, where)
@@ -268,9 +264,9 @@ def test_generated_calls_of_the_block(kind):
 @pytest.mark.generated
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_calls_of_the_downsampling(kind):
-    @given(downsampling_cases(ISAS))
+    @given(downsampling_cases(launch.isas_of(kind, ISAS)))
     def launched(case):
-        low_precision = case.dtype == torch.bfloat16 and case.isa == "avx512_bf16"
+        low_precision = case.dtype == torch.bfloat16 and case.isa in BF16_ISAS
         conv, norm, theirs, truth = downsampling_and_outputs(case)
         where = Where(case.isa, case.threads, case.at_begin)
         ours = program(kind).downsample(case.x, conv, norm, case.act, low_precision, where)
@@ -283,7 +279,7 @@ def test_generated_calls_of_the_downsampling(kind):
 @pytest.mark.generated
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_calls_of_the_head(kind):
-    @given(head_cases(ISAS, launched=True))
+    @given(head_cases(launch.isas_of(kind, ISAS), launched=True))
     def launched(case):
         norm, head, theirs, truth = head_and_outputs(case)
         ours = program(kind).head(case.x, norm, head, Where(case.isa, case.threads, case.at_begin))
@@ -321,3 +317,57 @@ def test_block_of_pixels_whose_channels_are_alike(isa):
     ours = program("plain").block(x.contiguous(), parameters_of(block), "gelu", block.norm.eps, False, Where(isa))
     bound = error_bounds.of_block(block, x)["y"]
     assert_accurate(ours, by_modules(torch.float32), by_modules(torch.float64), bound)
+
+
+def _with(x, *values):
+    for i, value in enumerate(values):
+        x[0, i % x.shape[1], (3 * i) % x.shape[2], (7 * i) % x.shape[3]] = value
+    return x
+
+
+# Of the image, and a factor of the weights.
+SPECIAL = {
+    "infinity": (lambda x: _with(x, torch.inf), 1.0),
+    "both infinities": (lambda x: _with(x, torch.inf, -torch.inf, torch.inf), 1.0),
+    "NaN": (lambda x: _with(x, torch.nan), 1.0),
+    "infinite weights": (lambda x: x, torch.inf),
+    "the largest": (lambda x: _with(x, torch.finfo(torch.float32).max, -3.395e38, 3.39e38), 1e-3),
+    "huge": (lambda x: x * 2.0**126, 2.0**-60),
+    "tiny": (lambda x: x * 2.0**-118, 1.0),
+    "subnormal": (lambda x: x * 2.0**-135, 1.0),
+    "tiny weights": (lambda x: x, 2.0**-118),
+    "both tiny": (lambda x: x * 2.0**-60, 2.0**-60),
+    "apart": (lambda x: x * 2.0 ** torch.randint(-60, 20, x.shape), 1.0),
+}
+
+
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize(("kind", "isa", "special"), cases(SPECIAL, on_amx=True))
+def test_special_values(kind, isa, special, channels):
+    """Infinite and NaN where eager is; elsewhere within the bound, and as near as eager, down to what tiles hold."""
+    torch.manual_seed(8)
+    conv = nn.Conv2d(channels, 33, 3, stride=2, padding=1)
+    make, factor = SPECIAL[special]
+    conv.weight.data *= factor
+    conv.bias.data.zero_()
+    x = make(torch.randn(1, 13, 15, channels))
+
+    def by_modules(dtype):
+        with torch.no_grad():
+            return copy.deepcopy(conv).to(dtype)(x.to(dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    eager = by_modules(torch.float32)
+    ours = program(kind).downsample(x, conv, None, "identity", False, Where(isa))
+    finite = eager.isfinite()
+    torch.testing.assert_close(ours[~finite], eager[~finite], equal_nan=True, rtol=0, atol=0)
+    if not finite.any():
+        return
+    known = torch.where(x.isfinite(), x, 0.0)
+    exact, bound = by_modules(torch.float64), error_bounds.of_downsampling((conv, None, "identity"), known)
+    if isa == "amx_bf16" and special in ("tiny", "subnormal", "tiny weights", "both tiny"):
+        # Of each term, the third part of both factors and six products may be below 2^-126, which is zero.
+        largest = known.abs().max().item() + conv.weight.abs().max().item()
+        bound = bound + 9 * channels * torch.finfo(torch.float32).tiny * (6 + largest)
+        assert ((ours - exact).abs() <= bound).all()
+    else:
+        assert_accurate(*(torch.where(finite, t, 0.0) for t in (ours, eager, exact, bound)))

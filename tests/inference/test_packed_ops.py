@@ -513,7 +513,8 @@ FIELDS = [
     "version",
     "op",
     "lanes",
-    "element_bytes",
+    "parts",
+    "step",
     "bytes",
     "compute_dtype",
     "act",
@@ -573,7 +574,7 @@ def test_damaged_headers_do_no_harm(isa, kind, field):
                 assert any(word in result for word in ("packed", "bf16", "x must be"))
             else:
                 assert call is not run or result.shape == shape
-    never = {"magic", "version", "op", "lanes", "element_bytes", "bytes"} | ({"size 0"} if kind == "block" else set())
+    never = {"magic", "version", "op", "lanes", "parts", "step", "bytes"} | ({"size 0"} if kind == "block" else set())
     assert refused == len(values) or field not in never
     assert refused >= 10 or field in ("compute_dtype", "eps", "padding", "size 2", "size 3")
 
@@ -581,7 +582,8 @@ def test_damaged_headers_do_no_harm(isa, kind, field):
 def test_damage_of_a_later_block_is_found(isa):
     one = pack_block(make_block(20))
     packed = blocks_op.join([one, one])
-    for at in (0, 1, 2, 3, 5):  # magic, version, op, lanes, bytes
+    for name in ("magic", "version", "op", "lanes", "step", "bytes"):
+        at = FIELDS.index(name)
         damaged = packed.clone()
         damaged.view(torch.int64)[one.numel() // 8 + at] += 1
         for call in (PACKED["block"][2], blocks_op.repack):

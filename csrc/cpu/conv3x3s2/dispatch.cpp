@@ -25,9 +25,13 @@ const Conv3x3s2Kernels* kernels_of(const Conv3x3s2Shape& shape) {
 Conv3x3s2Layout make_layout(const Conv3x3s2Shape& shape, PackedFormat format) {
   Conv3x3s2Layout at;
   at.columns = 2 * format.lanes;
-  at.channels = format.element_bytes == 2 ? ceil_div(shape.in_channels, 2) * 2 : shape.in_channels;
+  // Patches are padded as a whole, else every pixel is.
+  const auto padded = [](std::int64_t count, std::int64_t unit) { return ceil_div(count, unit) * unit; };
+  at.few = shape.in_channels <= kFewChannels;
+  at.channels = padded(shape.in_channels, at.few ? std::min(2, format.step) : format.step);
+  at.depth = padded(9 * at.channels, format.step);
   at.out = ceil_div(shape.out_channels, at.columns) * at.columns;
-  at.panel = 9 * at.channels * at.columns * format.element_bytes;
+  at.panel = at.depth * at.columns * format.element_bytes();
   at.panels = 0;
   at.bias = at.panels + at.out / at.columns * at.panel;
   at.norm_weight = at.bias + at.out * 4;
@@ -50,8 +54,8 @@ void move_parameters(const Conv3x3s2Shape& shape, const Conv3x3s2Layout& at, con
 }
 
 // The number of strips of rows into which an image is partitioned.
-std::int64_t strips_of(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, int element_bytes, int num_threads) {
-  const std::int64_t height = call.out_height(), row_bytes = (call.W + 3) * at.channels * element_bytes;
+std::int64_t strips_of(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, PackedFormat format, int num_threads) {
+  const std::int64_t height = call.out_height(), row_bytes = (call.W + 3) * at.channels * format.element_bytes();
   const std::int64_t fitting = std::max<std::int64_t>(1, (kScratchBytes / row_bytes - 1) / 2);
   const std::int64_t most = std::max<std::int64_t>(1, kTaskPixels / std::max<std::int64_t>(1, call.out_width()));
   // In rows, until the last thread is done.
@@ -68,21 +72,17 @@ std::int64_t strips_of(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, int
 
 }  // namespace
 
-Conv3x3s2Scratch conv3x3s2_scratch(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, int element_bytes,
-                                   std::int64_t rows) {
+Conv3x3s2Scratch conv3x3s2_scratch(const Conv3x3s2Call& call, const Conv3x3s2Layout& at, PackedFormat format,
+                                   std::int64_t rows) noexcept {
   Conv3x3s2Scratch w;
-  const bool few = at.channels <= kFewChannels;
+  const std::int64_t pixels = rows * call.out_width(), beyond = rows_read_beyond(format);
   // The last output of an odd row reads one pixel beyond the zero padding on the right.
   w.row = (call.W + 3) * at.channels;
-  w.x = 0;
-  w.sums = w.x + (few ? 0 : align_up((2 * rows + 1) * w.row * element_bytes));
-  w.tile = w.sums + align_up(rows * call.out_width() * at.out * 4);
+  w.plane = at.few ? (pixels + beyond) * at.depth : (2 * rows + 1) * w.row + beyond * 2 * at.channels;
+  w.left = 0;
+  w.sums = align_up(w.plane * format.element_bytes());
+  w.tile = w.sums + align_up(pixels * at.out * 4);
   w.total = w.tile + align_up(kMaxMr * at.columns * 4);
-  w.patches = 0;
-  if (few) {
-    w.patches = w.total;
-    w.total += align_up(rows * call.out_width() * 9 * at.channels * element_bytes);
-  }
   return w;
 }
 
@@ -115,8 +115,8 @@ std::int64_t conv3x3s2_workspace_bytes(const Conv3x3s2Call& call, int num_thread
   if (call.N * call.H * call.W == 0) return kLine;
   const Conv3x3s2Kernels& kernels = *kernels_of(call.shape);
   const Conv3x3s2Layout at = make_layout(call.shape, kernels.format);
-  const std::int64_t rows = ceil_div(call.out_height(), strips_of(call, at, kernels.format.element_bytes, num_threads));
-  return num_threads * conv3x3s2_scratch(call, at, kernels.format.element_bytes, rows).total + kLine;
+  const std::int64_t rows = ceil_div(call.out_height(), strips_of(call, at, kernels.format, num_threads));
+  return num_threads * conv3x3s2_scratch(call, at, kernels.format, rows).total + kLine;
 }
 
 void conv3x3s2_forward(const Conv3x3s2Call& call, int num_threads, void* workspace, ParallelFor parallel_for) {
@@ -124,9 +124,8 @@ void conv3x3s2_forward(const Conv3x3s2Call& call, int num_threads, void* workspa
   const Conv3x3s2Kernels& kernels =
       *select_kernels<Conv3x3s2Kernels>(call.shape.compute_dtype, call.in_dtype, call.out_dtype);
   const Conv3x3s2Layout at = make_layout(call.shape, kernels.format);
-  const std::int64_t height = call.out_height(),
-                     strips = strips_of(call, at, kernels.format.element_bytes, num_threads);
-  const std::int64_t bytes = conv3x3s2_scratch(call, at, kernels.format.element_bytes, ceil_div(height, strips)).total;
+  const std::int64_t height = call.out_height(), strips = strips_of(call, at, kernels.format, num_threads);
+  const std::int64_t bytes = conv3x3s2_scratch(call, at, kernels.format, ceil_div(height, strips)).total;
   char* base = align_up(workspace);
   run_tasks(call.N * strips, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     const std::int64_t strip = task % strips;

@@ -15,6 +15,7 @@ namespace {
 template <Act act, typename Io, typename Gemm>
 class BlockRunner {
   using Element = typename Gemm::Element;
+  using Left = typename Gemm::Left;
   static constexpr int L = Vec::kLanes, kNr = 2 * L, kMr = Gemm::kMr;
 
  public:
@@ -30,10 +31,10 @@ class BlockRunner {
         identity_(panel_range(task, at_.identity)),
         conv_(panel_range(task, at_.conv)),
         out_(panel_range(task, at_.dim)),
-        scratch_(block_scratch(at_, shape_, {L, sizeof(Element)}, width_, task.chunk_rows, conv_.end - conv_.begin)),
-        normed_(part<Element>(scratch_.normed)),
+        scratch_(block_scratch(at_, shape_, Gemm::kFormat, width_, task.chunk_rows, conv_.end - conv_.begin)),
+        normed_(LeftFactor<Left>::at(part<void>(scratch_.normed), scratch_.normed_plane)),
         ring_(part<float>(scratch_.ring)),
-        y_(part<Element>(scratch_.y)),
+        y_(LeftFactor<Left>::at(part<void>(scratch_.y), scratch_.y_plane)),
         s_(part<float>(scratch_.s)),
         tiles_(part<float>(scratch_.tiles)) {}
 
@@ -61,7 +62,7 @@ class BlockRunner {
       const std::int64_t wanted = shape_.C > 0 ? min(end + R_, call_.H) : end;
       const std::int64_t row = halo_width() * scratch_.lda1;
       if (h > task_.h0 && ready > h) {  // normed_ held rows from h - chunk_rows on
-        __builtin_memmove(normed_, normed_ + task_.chunk_rows * row, sizeof(Element) * (ready - h) * row);
+        move(normed_, normed_ + task_.chunk_rows * row, (ready - h) * row);
       }
       if (ready < h) ready = h;
       if (ready < wanted) {
@@ -98,7 +99,7 @@ class BlockRunner {
 
   // Where a chunk's y is: in the task's scratch memory, or in y of the whole image.
   void take_y(std::int64_t h) {
-    if (task_.y != nullptr) y_ = static_cast<Element*>(task_.y) + h * call_.W * scratch_.lda2;
+    if (task_.y != nullptr) y_ = LeftFactor<Left>::at(task_.y, task_.y_plane) + h * call_.W * scratch_.lda2;
   }
 
   template <typename T>
@@ -118,7 +119,7 @@ class BlockRunner {
   // The share of `bytes` at `begin` that the tile at pixel p of `pixels` prefetches.
   static Prefetch prefetch_share(const char* begin, std::int64_t bytes, std::int64_t depth, std::int64_t p,
                                  std::int64_t pixels) {
-    const std::int64_t tiles = (pixels + kMr - 1) / kMr, steps = depth / Gemm::kKr;
+    const std::int64_t tiles = (pixels + kMr - 1) / kMr, steps = depth / Gemm::kFormat.step;
     const std::int64_t step = bytes / steps / tiles + 1;
     return {begin + p / kMr * steps * step, step};
   }
@@ -135,7 +136,7 @@ class BlockRunner {
 
   // Rows [h0, h1) of the image to rows `at` and on of normed_.
   void norm_rows(std::int64_t h0, std::int64_t h1, std::int64_t at) const {
-    Element* to = normed_ + at * halo_width() * scratch_.lda1;
+    Left to = normed_ + at * halo_width() * scratch_.lda1;
     for (std::int64_t h = h0; h < h1; ++h) {
       const Io* from = pixel<Io>(call_.x, task_.n, h, halo0_);
       for_each_unrolled(halo_width(), [&](auto count, std::int64_t w) {
@@ -143,7 +144,7 @@ class BlockRunner {
                                             shape_.eps, packed<float>(at_.norm_weight), packed<float>(at_.norm_bias),
                                             to + w * scratch_.lda1, scratch_.lda1);
       });
-      to += halo_width() * scratch_.lda1;
+      to = to + halo_width() * scratch_.lda1;
     }
   }
 
@@ -168,17 +169,16 @@ class BlockRunner {
   template <typename To>
   void multiply_conv(std::int64_t h0, std::int64_t h1, std::int64_t at, const To& to) const {
     const std::int64_t pixels = (h1 - h0) * halo_width();
-    const Element* a = normed_ + at * halo_width() * scratch_.lda1;
+    const Left a = normed_ + at * halo_width() * scratch_.lda1;
     for (std::int64_t v = conv_.begin / L; v < conv_.end / L; v += 2) {
       const char* panel = packed<char>(at_.conv_panels) + v / 2 * at_.panel1;
       const float* bias = packed<float>(at_.conv_bias1) + v * L;
       const Vec bias0 = load(bias), bias1 = load(bias + L);
-      for_each_gemm_tile<kMr>(0, pixels, [&](auto rows, std::int64_t p) {
-        constexpr int kTileRows = decltype(rows)::value;
-        Gemm::template tile<kTileRows>(a + p * scratch_.lda1, scratch_.lda1, panel, at_.depth1, tiles_,
-                                       prefetch_share(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
+      Gemm::for_each_tile(pixels, [&](auto rows, std::int64_t p) {
+        Gemm::template tile<false>(rows, a + p * scratch_.lda1, scratch_.lda1, panel, at_.depth1, tiles_,
+                                   prefetch_share(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
         std::int64_t h = h0 + p / halo_width(), w = p % halo_width();
-        for (int r = 0; r < kTileRows; ++r) {
+        for (int r = 0; r < rows; ++r) {
           store(to(v, h) + w * L, load(tiles_ + r * kNr) + bias0);
           store(to(v + 1, h) + w * L, load(tiles_ + r * kNr + L) + bias1);
           if (++w == halo_width()) w = 0, ++h;
@@ -187,12 +187,11 @@ class BlockRunner {
     }
   }
 
-  // Calls body(Constant<rows>, a, p) for tiles of the chunk's pixels: `a` their normalized values, p their index.
+  // Calls body(rows, a, p) for tiles of the chunk's pixels: `a` their normalized values, p their index.
   template <typename Body>
   void for_each_tile_of_chunk(std::int64_t rows, const Body& body) const {
-    const auto segment = [&](const Element* a, std::int64_t first, std::int64_t pixels) {
-      for_each_gemm_tile<kMr>(0, pixels,
-                              [&](auto tile, std::int64_t p) { body(tile, a + p * scratch_.lda1, first + p); });
+    const auto segment = [&](Left a, std::int64_t first, std::int64_t pixels) {
+      Gemm::for_each_tile(pixels, [&](auto tile, std::int64_t p) { body(tile, a + p * scratch_.lda1, first + p); });
     };
     if (halo_width() == width_) {
       segment(normed_, 0, rows * width_);
@@ -208,22 +207,22 @@ class BlockRunner {
     for (std::int64_t d = identity_.begin; d < identity_.end; d += kNr) {
       const char* panels = packed<char>(at_.identity_panels) + d / kNr * 2 * at_.panel1;
       const float *gate_bias = packed<float>(at_.identity_gate_bias) + d, *bias = packed<float>(at_.identity_bias) + d;
-      for_each_tile_of_chunk(rows, [&](auto tile, const Element* a, std::int64_t p) {
-        constexpr int kTileRows = decltype(tile)::value;
+      for_each_tile_of_chunk(rows, [&](auto tile, Left a, std::int64_t p) {
         float *g = tiles_, *i = tiles_ + kMaxMr * kNr;
         const Prefetch prefetch = prefetch_share(panels + 2 * at_.panel1, at_.panel1, at_.depth1, p, rows * width_);
-        Gemm::template tile<kTileRows>(a, scratch_.lda1, panels, at_.depth1, g, prefetch);
-        Gemm::template tile<kTileRows>(a, scratch_.lda1, panels + at_.panel1, at_.depth1, i,
-                                       {prefetch.at + at_.panel1, prefetch.step});
-        store_gated<kTileRows>(g, gate_bias, y_ + p * scratch_.lda2 + d,
-                               [&](int r, int v) { return load(i + r * kNr + v * L) + load(bias + v * L); });
+        Gemm::template tile<false>(tile, a, scratch_.lda1, panels, at_.depth1, g, prefetch);
+        Gemm::template tile<false>(tile, a, scratch_.lda1, panels + at_.panel1, at_.depth1, i,
+                                   Prefetch{prefetch.at + at_.panel1, prefetch.step});
+        store_gated(tile, g, gate_bias, y_ + (p * scratch_.lda2 + d),
+                    [&](int r, int v) { return load(i + r * kNr + v * L) + load(bias + v * L); });
       });
     }
   }
 
   // y = act(g + bias) * other(r, v) for pixels r and vectors v of a tile
-  template <int kTileRows, typename Other>
-  [[gnu::always_inline]] void store_gated(const float* g, const float* bias, Element* y, const Other& other) const {
+  template <typename Rows, typename Other>
+  [[gnu::always_inline]] void store_gated(Rows rows, const float* g, const float* bias, Left y,
+                                          const Other& other) const {
     const auto store_vectors = [&](auto count, int first) {
       constexpr int kCount = decltype(count)::value;
       const auto gates = GateOf<act, Element>::value(
@@ -231,14 +230,15 @@ class BlockRunner {
 #pragma GCC unroll 8
       for (int k = 0; k < kCount; ++k) {
         const int r = (first + k) / 2, v = (first + k) % 2;
-        store(y + r * scratch_.lda2 + v * L, gates.vec[k] * other(r, v));
+        store(y + (r * scratch_.lda2 + v * L), gates.vec[k] * other(r, v));
       }
     };
-    constexpr int kVectors = 2 * kTileRows, kRest = kVectors % Vec::kUnroll;
-    for (int first = 0; first < kVectors - kRest; first += Vec::kUnroll) {
-      store_vectors(Constant<Vec::kUnroll>{}, first);
+    constexpr int kUnroll = Vec::kUnroll;
+    int first = 0;
+    for (; first + kUnroll <= 2 * rows; first += kUnroll) store_vectors(Constant<kUnroll>{}, first);
+    if constexpr (kUnroll > 2) {
+      if (first < 2 * rows) store_vectors(Constant<2>{}, first);
     }
-    if constexpr (kRest > 0) store_vectors(Constant<kRest>{}, kVectors - kRest);
   }
 
   // y = act(g) * dwconv(c) on rows [h0, h1)
@@ -250,12 +250,11 @@ class BlockRunner {
       }
       const char* panel = packed<char>(at_.gate_panels) + d / kNr * at_.panel1;
       const float* bias = packed<float>(at_.gate_bias) + d;
-      for_each_tile_of_chunk(h1 - h0, [&](auto tile, const Element* a, std::int64_t p) {
-        constexpr int kTileRows = decltype(tile)::value;
-        Gemm::template tile<kTileRows>(a, scratch_.lda1, panel, at_.depth1, tiles_,
-                                       prefetch_share(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
-        store_gated<kTileRows>(tiles_, bias, y_ + p * scratch_.lda2 + at_.identity + d,
-                               [&](int r, int v) { return load(s_ + (v * pixels + p + r) * L); });
+      for_each_tile_of_chunk(h1 - h0, [&](auto tile, Left a, std::int64_t p) {
+        Gemm::template tile<false>(tile, a, scratch_.lda1, panel, at_.depth1, tiles_,
+                                   prefetch_share(panel + at_.panel1, at_.panel1, at_.depth1, p, pixels));
+        store_gated(tile, tiles_, bias, y_ + (p * scratch_.lda2 + at_.identity + d),
+                    [&](int r, int v) { return load(s_ + (v * pixels + p + r) * L); });
       });
     }
   }
@@ -281,13 +280,11 @@ class BlockRunner {
       const char* panel = packed<char>(at_.fc2_panels) + d / kNr * at_.panel2;
       const float *bias = packed<float>(at_.fc2_bias) + d, *scale = packed<float>(at_.scale) + d;
       const std::int64_t columns = min(kNr, shape_.dim - d);
-      for_each_gemm_tile<kMr>(0, (h1 - h0) * width_, [&](auto tile, std::int64_t p) {
-        constexpr int kTileRows = decltype(tile)::value;
-        Gemm::template tile<kTileRows>(
-            y_ + p * scratch_.lda2, scratch_.lda2, panel, at_.depth2, tiles_,
-            prefetch_share(panel + at_.panel2, at_.panel2, at_.depth2, p, (h1 - h0) * width_));
+      Gemm::for_each_tile((h1 - h0) * width_, [&](auto tile, std::int64_t p) {
+        Gemm::template tile<false>(tile, y_ + p * scratch_.lda2, scratch_.lda2, panel, at_.depth2, tiles_,
+                                   prefetch_share(panel + at_.panel2, at_.panel2, at_.depth2, p, (h1 - h0) * width_));
         std::int64_t h = h0 + p / width_, w = task_.w0 + p % width_;
-        for (int r = 0; r < kTileRows; ++r) {
+        for (int r = 0; r < tile; ++r) {
           const Io* x = pixel<Io>(call_.x, task_.n, h, w) + d;
           Io* out = static_cast<Io*>(call_.out) + ((task_.n * call_.H + h) * call_.W + w) * shape_.dim + d;
           for_each_vector<L>(columns, [&](std::int64_t v, int lanes) {
@@ -307,14 +304,15 @@ class BlockRunner {
   const std::int64_t width_, R_, halo0_, halo1_;
   const PanelRange identity_, conv_, out_;
   const BlockScratch scratch_;
-  Element* normed_;
+  Left normed_;
   float* ring_;
-  Element* y_;
+  Left y_;
   float *s_, *tiles_;
 };
 
 template <typename Io, typename Gemm>
 void run_block(const BlockTask& task) {
+  const typename Gemm::TaskScope scope;
   switch (task.call->shape.act) {
     case Act::kGelu: return BlockRunner<Act::kGelu, Io, Gemm>(task).run();
     case Act::kGeluTanh: return BlockRunner<Act::kGeluTanh, Io, Gemm>(task).run();
@@ -325,9 +323,8 @@ void run_block(const BlockTask& task) {
 
 template <typename Gemm>
 const BlockKernels* block_kernels_for(DType io) {
-  constexpr PackedFormat kFormat = {Vec::kLanes, sizeof(typename Gemm::Element)};
-  static constexpr BlockKernels kFloat32 = {kFormat, run_block<float, Gemm>};
-  static constexpr BlockKernels kBFloat16 = {kFormat, run_block<BFloat16, Gemm>};
+  static constexpr BlockKernels kFloat32 = {Gemm::kFormat, run_block<float, Gemm>};
+  static constexpr BlockKernels kBFloat16 = {Gemm::kFormat, run_block<BFloat16, Gemm>};
   return io == DType::kFloat32 ? &kFloat32 : io == DType::kBFloat16 ? &kBFloat16 : nullptr;
 }
 

@@ -20,15 +20,14 @@ std::int64_t padded(std::int64_t count, std::int64_t unit) { return ceil_div(cou
 
 BlockLayout make_layout(const GatedCnnBlockShape& shape, PackedFormat format) {
   BlockLayout at;
-  const std::int64_t pair = format.element_bytes == 2 ? 2 : 1;
   at.columns = 2 * format.lanes;
   at.dim = padded(shape.dim, at.columns);
   at.identity = padded(shape.D - shape.C, at.columns);
   at.conv = padded(shape.C, at.columns);
-  at.depth1 = padded(shape.dim, pair);
-  at.depth2 = at.identity + at.conv;
-  at.panel1 = at.depth1 * at.columns * format.element_bytes;
-  at.panel2 = at.depth2 * at.columns * format.element_bytes;
+  at.depth1 = padded(shape.dim, format.step);
+  at.depth2 = padded(at.identity + at.conv, format.step);
+  at.panel1 = at.depth1 * at.columns * format.element_bytes();
+  at.panel2 = at.depth2 * at.columns * format.element_bytes();
   std::int64_t next = 0;
   const auto take = [&](std::int64_t bytes) {
     const std::int64_t begin = next;
@@ -146,21 +145,24 @@ struct Workspace {
   std::int64_t ends;   // the rows on both sides of a boundary between strips
   std::int64_t image;  // shared by the tasks of one image
   std::int64_t shared, scratch;
+  std::int64_t y_plane;  // elements
 };
 Workspace workspace_layout(const GatedCnnBlockCall& call, const BlockLayout& at, PackedFormat format,
                            const Partition& c) {
   const BlockScratch scratch = block_scratch(at, call.shape, format, c.width, c.chunk_rows, c.conv);
   const std::int64_t ends = c.halo ? align_up(at.conv * 2 * (call.shape.K / 2) * call.W * 4) : 0;
-  const std::int64_t y = c.parts > 1 ? align_up(call.H * call.W * scratch.lda2 * format.element_bytes) : 0;
+  const std::int64_t plane = (call.H * call.W + rows_read_beyond(format)) * scratch.lda2;
+  const std::int64_t y = c.parts > 1 ? align_up(plane * format.element_bytes()) : 0;
   const std::int64_t image = y + (c.strips - 1) * ends;
-  return {ends, image, image * call.N, scratch.total};
+  return {ends, image, image * call.N, scratch.total, plane};
 }
 
 }  // namespace
 
 BlockScratch block_scratch(const BlockLayout& at, const GatedCnnBlockShape& shape, PackedFormat format,
-                           std::int64_t width, std::int64_t chunk_rows, std::int64_t conv) {
-  const std::int64_t R = shape.K / 2, pixels = chunk_rows * width, line = kLine / format.element_bytes;
+                           std::int64_t width, std::int64_t chunk_rows, std::int64_t conv) noexcept {
+  const std::int64_t R = shape.K / 2, pixels = chunk_rows * width;
+  const std::int64_t line = format.parts == 0 ? kLine / 4 : kLine / 2, beyond = rows_read_beyond(format);
   const std::int64_t halo_rows = shape.C > 0 ? R : 0;
   BlockScratch w;
   // Not a multiple of 4 KiB: the rows of a tile would map to the same sets of L1.
@@ -174,9 +176,11 @@ BlockScratch block_scratch(const BlockLayout& at, const GatedCnnBlockShape& shap
     next += align_up(bytes);
     return begin;
   };
-  w.normed = take((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width * w.lda1 * format.element_bytes);
+  w.normed_plane = ((std::max(chunk_rows, halo_rows) + halo_rows) * w.padded_width + beyond) * w.lda1;
+  w.normed = take(w.normed_plane * format.element_bytes());
   w.ring = take(conv * w.ring_rows * w.padded_width * 4);
-  w.y = take(pixels * w.lda2 * format.element_bytes);
+  w.y_plane = (pixels + beyond) * w.lda2;
+  w.y = take(w.y_plane * format.element_bytes());
   w.s = take(2 * pixels * format.lanes * 4);
   w.tiles = take(2 * kMaxMr * at.columns * 4);
   w.total = next;
@@ -248,6 +252,7 @@ void block_forward(const GatedCnnBlockCall& call, int num_threads, void* workspa
       t.above = c.halo && strip > 0 ? end(strip - 1) : nullptr;
       t.below = c.halo && strip + 1 < c.strips ? end(strip) : nullptr;
       t.y = c.parts > 1 ? shared : nullptr;
+      t.y_plane = bytes.y_plane;
       t.scratch = base + bytes.shared + slot * bytes.scratch;
       kernels.run(t);
     });

@@ -7,12 +7,12 @@
 
 namespace mambaout_kernels::cpu {
 
-// Offsets in bytes into the packed parameters. A panel is [depth][columns] for `columns` output channels of a matrix,
-// multiplied in fp32; or [depth / 2][columns][2] in bf16. Channels beyond the last are zero.
+// Offsets in bytes into the packed parameters. A panel has `columns` output channels of a matrix, as PackedParameters
+// lays it out. Channels beyond the last are zero.
 struct BlockLayout {
   std::int64_t columns;                  // of a panel: two vectors
   std::int64_t dim, identity, conv;      // padded to whole panels
-  std::int64_t depth1, depth2;           // of fc1 and fc2, padded to pairs for bf16
+  std::int64_t depth1, depth2;           // of fc1 and fc2, in whole steps of the format
   std::int64_t panel1, panel2;           // bytes of a panel
   std::int64_t norm_weight, norm_bias;   // [dim]
   std::int64_t conv_panels, conv_bias1;  // fc1's conv channels
@@ -41,6 +41,7 @@ struct BlockTask {
   float *above, *below;
   std::int64_t part, parts;  // 0 and 1 for kHalo and kAll
   void* y;                   // of the image, [H * W][lda2], which the parts share; null for kHalo and kAll
+  std::int64_t y_plane;      // elements of it; of a format with several parts, from part to part
   void* scratch;             // block_scratch().total bytes
 };
 
@@ -53,15 +54,16 @@ inline PanelRange panel_range(const BlockTask& task, std::int64_t columns) {
   return {panels * task.part / task.parts * task.at->columns, panels * (task.part + 1) / task.parts * task.at->columns};
 }
 
-// Scratch memory of a task; offsets in bytes.
+// Scratch memory of a task; offsets in bytes, planes in elements. Left factors are one plane for each part.
 struct BlockScratch {
   std::int64_t lda1, lda2;  // of `normed` and `y`: elements from pixel to pixel
   std::int64_t ring_rows, padded_width;
-  std::int64_t normed;  // [rows][columns of the tile and its halo][lda1], compute dtype
+  std::int64_t normed;  // [rows][columns of the tile and its halo][lda1], left factor
   std::int64_t ring;    // [conv / lanes of the task][ring_rows][padded_width][lanes] fp32
-  std::int64_t y;       // [pixels of a chunk][lda2], compute dtype
-  std::int64_t s;       // [2][pixels of a chunk][lanes] fp32
-  std::int64_t tiles;   // 2 x [kMaxMr][columns] fp32
+  std::int64_t y;       // [pixels of a chunk][lda2], left factor
+  std::int64_t normed_plane, y_plane;
+  std::int64_t s;      // [2][pixels of a chunk][lanes] fp32
+  std::int64_t tiles;  // 2 x [kMaxMr][columns] fp32
   std::int64_t total;
 };
 
@@ -74,10 +76,11 @@ struct BlockKernels {
   static const BlockKernels* avx2(DType compute_dtype, DType io);
   static const BlockKernels* avx512(DType compute_dtype, DType io);
   static const BlockKernels* avx512_bf16(DType compute_dtype, DType io);
+  static const BlockKernels* amx_bf16(DType compute_dtype, DType io);
 };
 
 // conv: the most conv channels of a task, in whole panels
 BlockScratch block_scratch(const BlockLayout& at, const GatedCnnBlockShape& shape, PackedFormat format,
-                           std::int64_t width, std::int64_t chunk_rows, std::int64_t conv);
+                           std::int64_t width, std::int64_t chunk_rows, std::int64_t conv) noexcept;
 
 }  // namespace mambaout_kernels::cpu

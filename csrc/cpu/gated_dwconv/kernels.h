@@ -45,6 +45,7 @@ struct GatedDwconvKernels {
   static const GatedDwconvKernels* avx2(DType dtype);
   static const GatedDwconvKernels* avx512(DType dtype);
   static const GatedDwconvKernels* avx512_bf16(DType dtype);
+  static const GatedDwconvKernels* amx_bf16(DType dtype);
 };
 
 constexpr std::int64_t kForwardRows = 4;  // of outputs that the forward computes per pass

@@ -1,4 +1,4 @@
-// The bf16 micro-kernel: dot products of pairs (kKr = 2), exact products, fp32 sums. Needs vec_avx512.h and fp32_gemm.h
+// The bf16 micro-kernel: dot products of pairs, exact products, fp32 sums. Needs vec_avx512.h and fp32_gemm.h
 // before it.
 #pragma once
 
@@ -7,13 +7,20 @@ namespace {
 
 struct Bf16Gemm {
   using Element = BFloat16;
+  using Left = BFloat16*;
+  using TaskScope = NoScope;
+  static constexpr PackedFormat kFormat = {16, 1, 2};
   static constexpr int kMr = 14;
-  static constexpr int kKr = 2;
+
+  template <typename Body>
+  static void for_each_tile(std::int64_t rows, const Body& body) {
+    for_each_gemm_tile<kMr>(rows, body);
+  }
 
   // out[r][0 .. 32) = sum_k a[r * lda + k] * panel[k / 2][0 .. 32)[k % 2], likewise; depth is even
-  template <int kTileRows, bool kAdd = false>
-  [[gnu::noinline]] static void tile(const BFloat16* a, std::int64_t lda, const void* panel, std::int64_t depth,
-                                     float* out, Prefetch prefetch) {
+  template <bool kAdd, int kTileRows>
+  [[gnu::noinline]] static void tile(Constant<kTileRows>, const BFloat16* a, std::int64_t lda, const void* panel,
+                                     std::int64_t depth, float* out, Prefetch prefetch) {
     const auto* b = static_cast<const BFloat16*>(panel);
     __m512 left[kTileRows], right[kTileRows];
 #pragma GCC unroll 16

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "left_factor.h"
+
 namespace mambaout_kernels::cpu {
 namespace {
 
@@ -32,12 +34,38 @@ struct PackedA {
   [[gnu::always_inline]] float operator()(std::int64_t r, std::int64_t k) const { return at[k * kTileRows + r]; }
 };
 
+// Calls body(Constant<rows>, p) for the tiles, of kMr rows at most, that cover rows [0, rows).
+template <int kMr, typename Body>
+inline void for_each_gemm_tile(std::int64_t rows, const Body& body) {
+  std::int64_t p = 0;
+  for (; p + kMr <= rows; p += kMr) body(Constant<kMr>{}, p);
+  if constexpr (kMr > 7) {
+    for (; p + 7 <= rows; p += 7) body(Constant<7>{}, p);
+  }
+  if constexpr (kMr > 4) {
+    for (; p + 4 <= rows; p += 4) body(Constant<4>{}, p);
+  }
+  for (; p + 2 <= rows; p += 2) body(Constant<2>{}, p);
+  for (; p < rows; ++p) body(Constant<1>{}, p);
+}
+
+struct NoScope {
+  NoScope() {}
+};
+
 // Products and sums in fp32.
 struct Fp32Gemm {
   using Element = float;
+  using Left = float*;
+  using TaskScope = NoScope;  // what lives as long as a task
+  static constexpr PackedFormat kFormat = {Vec::kLanes, 0, 1};
   // Rows of a tile. Registers: two accumulators a row, two vectors of b, one broadcast of a.
   static constexpr int kMr = Vec::kLanes == 16 ? 14 : Vec::kLanes == 8 ? 6 : 4;
-  static constexpr int kKr = 1;
+
+  template <typename Body>
+  static void for_each_tile(std::int64_t rows, const Body& body) {
+    for_each_gemm_tile<kMr>(rows, body);
+  }
 
   // Terms of one partial sum. A single sum of 1536 terms has 3.5 times eager's error.
   static constexpr std::int64_t kSumDepth = 128;
@@ -68,9 +96,9 @@ struct Fp32Gemm {
   }
 
   // out[r][0 .. 2 lanes) = sum_k a[r * lda + k] * panel[k][0 .. 2 lanes), added to what is there if kAdd
-  template <int kTileRows, bool kAdd = false>
-  [[gnu::noinline]] static void tile(const float* a, std::int64_t lda, const void* panel, std::int64_t depth,
-                                     float* out, Prefetch prefetch) {
+  template <bool kAdd, int kTileRows>
+  [[gnu::noinline]] static void tile(Constant<kTileRows>, const float* a, std::int64_t lda, const void* panel,
+                                     std::int64_t depth, float* out, Prefetch prefetch) {
     constexpr int L = Vec::kLanes;
     multiply<kTileRows>(RowMajorA{a, lda}, static_cast<const float*>(panel), depth, prefetch,
                         [=](bool first, int r, Vec left, Vec right) {
@@ -80,21 +108,6 @@ struct Fp32Gemm {
                         });
   }
 };
-
-// Calls body(Constant<rows>, p) for the tiles, of kMr rows at most, that cover rows [begin, end).
-template <int kMr, typename Body>
-inline void for_each_gemm_tile(std::int64_t begin, std::int64_t end, const Body& body) {
-  std::int64_t p = begin;
-  for (; p + kMr <= end; p += kMr) body(Constant<kMr>{}, p);
-  if constexpr (kMr > 7) {
-    for (; p + 7 <= end; p += 7) body(Constant<7>{}, p);
-  }
-  if constexpr (kMr > 4) {
-    for (; p + 4 <= end; p += 4) body(Constant<4>{}, p);
-  }
-  for (; p + 2 <= end; p += 2) body(Constant<2>{}, p);
-  for (; p < end; ++p) body(Constant<1>{}, p);
-}
 
 }  // namespace
 }  // namespace mambaout_kernels::cpu

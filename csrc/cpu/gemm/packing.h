@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../simd/convert.h"
 #include "packed_format.h"
+#include "split.h"
 
 namespace mambaout_kernels::cpu {
 
@@ -43,21 +43,23 @@ class PackedParameters {
   }
 
   // A matrix (rows, depth) in panels of 2 * lanes rows, `panel_step` apart: each [depth][2 * lanes] fp32, or
-  // [depth / 2][2 * lanes][2] bf16. parameter(row, k) points to an element, or is null where there is none: zero.
+  // [depth / step][parts][step / 2][2 * lanes][2] bf16. parameter(row, k) points to an element, or is null where there
+  // is none: zero.
   template <typename Parameter>
   void panels(std::int64_t offset, std::int64_t panel_step, std::int64_t rows, std::int64_t depth,
               const Parameter& parameter) const {
-    const std::int64_t columns = 2 * format_.lanes;
+    const std::int64_t columns = 2 * format_.lanes, step = format_.step;
     for (std::int64_t first = 0; first < rows; first += columns, offset += panel_step) {
       const std::int64_t used = std::min(columns, rows - first);
       for (std::int64_t k = 0; k < depth; ++k) {
         for (std::int64_t j = 0; j < used; ++j) {
           Float* element = parameter(first + j, k);
           if (element == nullptr) continue;
-          if (format_.element_bytes == 4) {
+          if (format_.parts == 0) {
             move(element, at<float>(offset) + k * columns + j);
           } else {
-            move(element, at<BFloat16>(offset) + (k / 2 * columns + j) * 2 + k % 2);
+            const std::int64_t pair = (k % step / 2 * columns + j) * 2 + k % 2;
+            move_parts(element, at<BFloat16>(offset) + k / step * format_.parts * step * columns + pair);
           }
         }
       }
@@ -72,9 +74,18 @@ class PackedParameters {
   template <typename Packed>
   static void move(Float* parameter, Packed* packed) {
     if constexpr (kPacks) {
-      narrow(*parameter, packed);
+      *packed = *parameter;
     } else {
-      *parameter = widen(*packed);
+      *parameter = *packed;
+    }
+  }
+  template <typename Packed>
+  void move_parts(Float* parameter, Packed* packed) const {
+    const auto part = [&](int p) { return packed + p * format_.step * 2 * format_.lanes; };
+    if constexpr (kPacks) {
+      split(*parameter, format_.parts, part);
+    } else {
+      *parameter = joined(format_.parts, part);
     }
   }
 

@@ -18,6 +18,7 @@ struct HeadKernels {
   static const HeadKernels* avx2();
   static const HeadKernels* avx512();
   static const HeadKernels* avx512_bf16();
+  static const HeadKernels* amx_bf16();
 };
 
 }  // namespace mambaout_kernels::cpu

@@ -26,7 +26,7 @@ struct Plan {
 
 Plan plan_of(const MatmulCall& call, const MatmulKernels& kernels, int num_threads) {
   Plan plan;
-  const std::int64_t columns = 2 * kernels.lanes, wanted = num_threads == 1 ? 1 : num_threads * kTasksPerThread;
+  const std::int64_t columns = 2 * kernels.format.lanes, wanted = num_threads == 1 ? 1 : num_threads * kTasksPerThread;
   plan.tiles = ceil_div(call.M, kernels.mr);
   plan.panels = std::max<std::int64_t>(1, ceil_div(call.N, columns));  // the row sums need one
   plan.row_parts = ceil_div(plan.tiles, kMc / kernels.mr);
@@ -41,12 +41,13 @@ Plan plan_of(const MatmulCall& call, const MatmulKernels& kernels, int num_threa
 
 }  // namespace
 
-MatmulScratch matmul_scratch(std::int64_t rows, int lanes) {
+MatmulScratch matmul_scratch(std::int64_t rows, PackedFormat format) noexcept {
   MatmulScratch w;
   w.rows = 0;
-  w.panel = w.rows + align_up(rows * kPackedLda * 4);
-  w.tile = w.panel + align_up(kKc * 2 * lanes * 4);
-  w.row_sums = w.tile + align_up(16 * 2 * lanes * 4);
+  w.plane = (rows + rows_read_beyond(format)) * packed_lda(format);
+  w.panel = w.rows + align_up(w.plane * format.element_bytes());
+  w.tile = w.panel + align_up(kKc * 2 * format.lanes * format.element_bytes());
+  w.row_sums = w.tile + align_up(kMaxMr * 2 * format.lanes * 4);
   w.total = w.row_sums + align_up(rows * 8);
   return w;
 }
@@ -54,14 +55,14 @@ MatmulScratch matmul_scratch(std::int64_t rows, int lanes) {
 std::int64_t matmul_workspace_bytes(const MatmulCall& call, int num_threads) {
   if (call.M == 0) return kLine;
   const MatmulKernels& k = kernels();
-  return num_threads * matmul_scratch(plan_of(call, k, num_threads).rows, k.lanes).total + kLine;
+  return num_threads * matmul_scratch(plan_of(call, k, num_threads).rows, k.format).total + kLine;
 }
 
 void matmul(const MatmulCall& call, int num_threads, void* workspace, ParallelFor parallel_for) {
   if (call.M == 0) return;
   const MatmulKernels& k = kernels();
   const Plan plan = plan_of(call, k, num_threads);
-  const std::int64_t bytes = matmul_scratch(plan.rows, k.lanes).total, columns = 2 * k.lanes;
+  const std::int64_t bytes = matmul_scratch(plan.rows, k.format).total, columns = 2 * k.format.lanes;
   char* base = align_up(workspace);
   run_tasks(plan.row_parts * plan.column_parts, num_threads, parallel_for, [&](std::int64_t slot, std::int64_t task) {
     const std::int64_t row = task / plan.column_parts, column = task % plan.column_parts;

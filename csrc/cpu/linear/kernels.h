@@ -2,14 +2,16 @@
 // layouts that both know. Plain data; no template, no STL.
 #pragma once
 
+#include "../gemm/packed_format.h"
 #include "arguments.h"
 
 namespace mambaout_kernels::cpu {
 
 // Terms per pass: a panel of b, this deep, stays in L1 while it is multiplied by all rows of a task, which stay in L2.
 constexpr std::int64_t kKc = 256;
-// Row pitch of a's packed rows: an odd number of cache lines, so that a tile's rows do not share sets of L1.
-constexpr std::int64_t kPackedLda = kKc + 16;
+// Row pitch of a's packed rows in elements: an odd number of cache lines, so that a tile's rows do not share sets of
+// L1.
+constexpr std::int64_t packed_lda(PackedFormat format) { return kKc + (format.parts == 0 ? 16 : 32); }
 
 // One task: a tile of the output; n0 is a multiple of two vectors.
 struct MatmulTask {
@@ -20,9 +22,10 @@ struct MatmulTask {
 
 // Scratch memory of a task; offsets in bytes.
 struct MatmulScratch {
-  std::int64_t rows;      // [rows][kPackedLda] or [rows / tile][kKc][tile] fp32, of a
-  std::int64_t panel;     // [kKc][2 lanes] fp32, of b
-  std::int64_t tile;      // [tile][2 lanes] fp32
+  std::int64_t rows;      // [rows][packed_lda] or [rows / tile][kKc][tile], of a; one plane for each part of the format
+  std::int64_t plane;     // elements
+  std::int64_t panel;     // [kKc][2 lanes], of b, as PackedParameters lays it out
+  std::int64_t tile;      // [kMaxMr][2 lanes] fp32
   std::int64_t row_sums;  // [rows] fp64
   std::int64_t total;
 };
@@ -34,7 +37,7 @@ struct GemmNtTask {
 };
 
 struct MatmulKernels {
-  int lanes;
+  PackedFormat format;  // of the factors of run
   int mr;
   void (*run)(const MatmulTask&);
   void (*run_gemm_nt)(const GemmNtTask&);
@@ -44,8 +47,9 @@ struct MatmulKernels {
   static const MatmulKernels* avx2();
   static const MatmulKernels* avx512();
   static const MatmulKernels* avx512_bf16();
+  static const MatmulKernels* amx_bf16();
 };
 
-MatmulScratch matmul_scratch(std::int64_t rows, int lanes);
+MatmulScratch matmul_scratch(std::int64_t rows, PackedFormat format) noexcept;
 
 }  // namespace mambaout_kernels::cpu

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "row_sums.h"
 
 namespace mambaout_kernels::cpu {
 namespace {
@@ -13,7 +14,7 @@ class Matmul {
  public:
   explicit Matmul(const MatmulTask& task)
       : call_(*task.call), m0_(task.m0), rows_(task.m1 - task.m0), n0_(task.n0), n1_(task.n1) {
-    const MatmulScratch scratch = matmul_scratch(rows_, L);
+    const MatmulScratch scratch = matmul_scratch(rows_, Fp32Gemm::kFormat);
     char* base = static_cast<char*>(task.scratch);
     a_ = reinterpret_cast<float*>(base + scratch.rows);
     panel_ = reinterpret_cast<float*>(base + scratch.panel);
@@ -32,12 +33,12 @@ class Matmul {
       if (call_.a_m != 1) {
         copy_rows(k0);
       } else {
-        for_each_gemm_tile<kMr>(0, rows_, [&](auto tile, std::int64_t m) { gather<decltype(tile)::value>(k0, m); });
-        if (sums) add_row_sums(k0);
+        for_each_gemm_tile<kMr>(rows_, [&](auto tile, std::int64_t m) { gather<decltype(tile)::value>(k0, m); });
+        if (sums) add_row_sums(call_, m0_, rows_, k0, depth_, row_sums_);
       }
       for (std::int64_t n = n0_; n < n1_; n += kNr) {
         call_.b_n == 1 ? copy_panel(k0, n) : transpose_panel(k0, n);
-        for_each_gemm_tile<kMr>(0, rows_,
+        for_each_gemm_tile<kMr>(rows_,
                                 [&](auto tile, std::int64_t m) { multiply<decltype(tile)::value>(k0 == 0, m, n); });
       }
       k0 += kKc;
@@ -49,9 +50,7 @@ class Matmul {
 
  private:
   static constexpr int L = Vec::kLanes, kNr = 2 * L, kMr = Fp32Gemm::kMr;
-  static constexpr std::int64_t kRowSumDepth = 16;  // terms that are added in fp32
-
-  static std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+  static constexpr std::int64_t kPackedLda = packed_lda(Fp32Gemm::kFormat);
 
   // a_[m][k], k contiguous in a as well
   void copy_rows(std::int64_t k0) {
@@ -73,21 +72,6 @@ class Matmul {
       constexpr int kFull = kTileRows / L * L, kRest = kTileRows - kFull;
       for (int r = 0; r < kFull; r += L) store(to + r, load(from + r));
       if constexpr (kRest > 0) store_first(to + kFull, load_first(from + kFull, kRest), kRest);
-    }
-  }
-
-  void add_row_sums(std::int64_t k0) {
-    for (std::int64_t m = 0; m < rows_; m += L) {
-      const int count = static_cast<int>(min(L, rows_ - m));
-      for (std::int64_t k1 = 0; k1 < depth_; k1 += kRowSumDepth) {
-        Vec sum = broadcast(0.0f);
-        for (std::int64_t k = k1; k < min(depth_, k1 + kRowSumDepth); ++k) {
-          sum = sum + load_first(call_.a + m0_ + m + (k0 + k) * call_.a_k, count);
-        }
-        float lanes[L];
-        store(lanes, sum);
-        for (int i = 0; i < count; ++i) row_sums_[m + i] += lanes[i];
-      }
     }
   }
 
@@ -174,7 +158,7 @@ class Matmul {
 
 inline void run_matmul(const MatmulTask& task) { Matmul(task).run(); }
 
-constexpr MatmulKernels kMatmulKernels{Vec::kLanes, Fp32Gemm::kMr, run_matmul, run_gemm_nt};
+constexpr MatmulKernels kMatmulKernels{Fp32Gemm::kFormat, Fp32Gemm::kMr, run_matmul, run_gemm_nt};
 
 }  // namespace
 }  // namespace mambaout_kernels::cpu

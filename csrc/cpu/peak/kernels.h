@@ -15,6 +15,7 @@ struct PeakKernel {
   static const PeakKernel* avx2(DType compute_dtype);
   static const PeakKernel* avx512(DType compute_dtype);
   static const PeakKernel* avx512_bf16(DType compute_dtype);
+  static const PeakKernel* amx_bf16(DType compute_dtype);
 };
 
 }  // namespace mambaout_kernels::cpu

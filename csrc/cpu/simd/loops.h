@@ -9,6 +9,7 @@ namespace {
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
+  constexpr operator int() const { return kValue; }
 };
 
 inline std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }

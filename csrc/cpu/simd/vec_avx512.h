@@ -33,6 +33,10 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec select_less(Vec a, Vec b, Vec if_less, Vec otherwise) {
   return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), if_less.v)};
 }
+// Not where one is NaN.
+inline bool all_below(Vec a, float limit) {
+  return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_LT_OQ) == 0xffff;
+}
 // a * b rounded to an integer: as fp32, and in the low bits of a lane. |a * b| < 2^22: the addition of 1.5 * 2^23
 // rounds to nearest even.
 struct Rounded {
@@ -81,6 +85,12 @@ inline __m256i narrow(Vec a, BFloat16) {  // to nearest even; NaN stays NaN
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words, rounded));
 }
 #endif
+inline Vec rounded(Vec a, BFloat16 to) { return widen(narrow(a, to), to); }
+// Numbers that bf16 holds: to[2 i] = even[i], to[2 i + 1] = odd[i]
+inline void store_interleaved(BFloat16* to, Vec even, Vec odd) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even.v), 16);
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_castps_si512(odd.v)));
+}
 inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 // to[i * to_step + j] = from[j * from_step + i], i and j below 16

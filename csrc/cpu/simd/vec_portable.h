@@ -1,4 +1,5 @@
-// 4 fp32 or 2 fp64 lanes of the compiler's own vectors: any processor. Included by one translation unit only.
+// 4 fp32 or 2 fp64 lanes of the compiler's own vectors, or as many as MAMBAOUT_VECTOR_BYTES hold: any processor.
+// Included by one translation unit only.
 #pragma once
 
 #include <cstdint>
@@ -6,17 +7,21 @@
 
 #include "convert.h"
 
+#ifndef MAMBAOUT_VECTOR_BYTES
+#define MAMBAOUT_VECTOR_BYTES 16
+#endif
+
 namespace mambaout_kernels::cpu {
 namespace {
 
 template <typename ScalarType>
 struct Lanes {
   using Scalar = ScalarType;
-  static constexpr int kLanes = 16 / sizeof(Scalar);
+  static constexpr int kLanes = MAMBAOUT_VECTOR_BYTES / sizeof(Scalar);
   static constexpr int kTileW = 7;   // 7 sums, 7 weights, 1 pixel of 16 registers
   static constexpr int kPairW = 0;   // two rows at once do not fit
   static constexpr int kUnroll = 1;  // vectors of gates side by side
-  typedef Scalar Vector __attribute__((vector_size(16)));
+  typedef Scalar Vector __attribute__((vector_size(MAMBAOUT_VECTOR_BYTES)));
   Vector v;
 };
 using Vec = Lanes<float>;
@@ -73,7 +78,7 @@ inline Vec abs(Vec a) {
   return map_lanes(a, [](float x) { return __builtin_fabsf(x); });
 }
 
-typedef std::int32_t IntVector __attribute__((vector_size(16)));
+typedef std::int32_t IntVector __attribute__((vector_size(MAMBAOUT_VECTOR_BYTES)));
 
 // a * b rounded to an integer: as fp32 and as an integer. |a * b| < 2^22: the addition of 1.5 * 2^23 rounds to nearest
 // even.
@@ -128,7 +133,33 @@ template <typename Element, typename V>
 inline void store(Element* p, V a) {
   store_first(p, a, V::kLanes);
 }
-inline float sum_of_lanes(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float sum_of_lanes(Vec a) {
+  for (int half = Vec::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  }
+  return a.v[0];
+}
+inline Vec rounded(Vec a, BFloat16) {
+  return map_lanes(a, [](float x) {
+    BFloat16 nearest;
+    narrow(x, &nearest);
+    return widen(nearest);
+  });
+}
+// Numbers that bf16 holds: to[2 i] = even[i], to[2 i + 1] = odd[i]
+inline void store_interleaved(BFloat16* to, Vec even, Vec odd) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    narrow(even.v[i], to + 2 * i);
+    narrow(odd.v[i], to + 2 * i + 1);
+  }
+}
+// Not where one is NaN.
+inline bool all_below(Vec a, float limit) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    if (!(a.v[i] < limit)) return false;
+  }
+  return true;
+}
 inline Vec load(const float* p) {
   Vec result;
   std::memcpy(&result.v, p, sizeof(result.v));
