@@ -115,6 +115,7 @@ BLOCKS = {
     "base's odd hidden": (1, 9, 15, 128, 1.0, 8 / 3, 7),
     "two columns of tiles": (1, 5, 170, 16, 1.0, 2.0, 5),
     "one pixel": (1, 1, 1, 8, 1.0, 8 / 3, 7),
+    "one pixel of many channels": (1, 1, 1, 96, 1.0, 8 / 3, 7),
     "largest filter": (1, 3, 40, 12, 1.0, 8 / 3, 31),
     "pointwise filter": (3, 5, 6, 9, 1.0, 8 / 3, 1),
     "no pixel": (2, 0, 4, 8, 1.0, 8 / 3, 7),
