@@ -43,6 +43,15 @@ def isa() -> str | None:
     return _C.cpu_capability()
 
 
+def isa_reason() -> str | None:
+    """Why that is not a better one; None where there is none to tell, or no compiled kernels."""
+    if isa() is None:
+        return None
+    from .. import _C
+
+    return _C.cpu_capability_reason() or None
+
+
 def fma_peak(repetitions: int = 5, milliseconds: float = 20.0) -> dict[str, float]:
     """The most FLOP/s of all of PyTorch's threads at once, measured now: "fp32", and "bf16" where it is multiplied.
 
@@ -79,6 +88,7 @@ def description() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(usable_cores()),
         "isa": isa(),
+        "isa_reason": isa_reason(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

@@ -109,6 +109,23 @@ def _compared(rows: Sequence[Row]) -> Row:
     }
 
 
+def slower_cells(rows: Sequence[Row]) -> list[str]:
+    """A line for each cell and contender that fused is slower than, by medians; the worst first."""
+    found = []
+    for members in _groups(timed_cells(rows), *_CELL).values():
+        by_name = {row["contender"]: row for row in members if "median_s" in row}
+        fused = by_name.get("fused")
+        if fused is None or not fused.get("check", True):
+            continue
+        cell = f"{fused['subject']} {fused['mode']}, {fused['label']}, batch {fused['batch']}, {precision(fused)}"
+        for name, other in by_name.items():
+            if other["median_s"] < fused["median_s"]:
+                times = other["median_s"] / fused["median_s"]
+                line = f"{times:.2f}x of {CONTENDERS[name]}: {cell}, threads: {fused['threads']}"
+                found.append((times, line))
+    return [line for _, line in sorted(found)]
+
+
 def memory_summary(rows: Sequence[Row]) -> list[Row]:
     """Bytes kept for backward and at the peak as a multiple of eager's: geometric mean and worst over all cells."""
     found = []

@@ -216,7 +216,10 @@ def _threads(count: int) -> str:
 
 def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -> None:
     about = machine.description()
-    isa = f", {about['isa']} kernels" if about["isa"] else ", no compiled kernels: fused runs the PyTorch reference"
+    why = f" ({about['isa_reason']})" if about["isa_reason"] else ""
+    isa = (
+        f", {about['isa']} kernels{why}" if about["isa"] else ", no compiled kernels: fused runs the PyTorch reference"
+    )
     device = about["gpu"] if getattr(args, "device", "cpu") != "cpu" and about["gpu"] else about["cpu"]
     print(f"{device}, {about['cores']} cores{isa}; torch {about['torch']}; commit {about['commit'] or 'unknown'}")
     title = (
@@ -241,6 +244,8 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
     wrong = report.red(outcome.rows)
     if wrong:
         print(f"WRONG: in {len(wrong)} comparisons fused is further from fp64 than allowed; they have no speed-up")
+    if slower := report.slower_cells(outcome.rows):
+        print(f"SLOWER: fused is slower than another in {len(slower)} comparisons:", *slower, sep="\n  ")
     if getattr(args, "peers", False) and (line := peers.left_out()) is not None:
         print(line)
     for name, failure in sorted({(row["contender"], row["failure"]) for row in outcome.rows if "failure" in row}):

@@ -78,7 +78,7 @@ def collect() -> dict[str, Any]:
             "cores": len(machine.usable_cores()),
             "threads": torch.get_num_threads(),
             "isa in use": machine.isa() or "none: not compiled",
-            "why not a better one": _native().cpu_capability_reason() or None if compiled else None,
+            "why not a better one": machine.isa_reason(),
             "isas supported here": _native().supported_cpu_capabilities() if compiled else "none: not compiled",
         },
         "cuda": {

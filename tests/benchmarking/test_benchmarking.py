@@ -265,6 +265,15 @@ def test_summary():
     assert entry["worst_cell"] == "a, batch 1"
 
 
+def test_cells_that_are_slower_are_listed():
+    rows = [row("fused", 1.0), row("eager", 2.0), row("compile", 0.8), row("fused", 3.0, "b"), row("eager", 1.5, "b")]
+    worst, other = report.slower_cells(rows)
+    assert worst.startswith("0.50x of eager partial: ")
+    assert ", b, " in worst
+    assert other.startswith("0.80x of torch.compile: ")
+    assert report.slower_cells([row("fused", 1.0, check=False), row("eager", 0.5)]) == []
+
+
 def test_summary_is_silent_where_fused_is_wrong():
     [entry] = report.summary([row("fused", 1.0, check=False), row("eager", 2.0)])
     assert entry["red"] == 1
