@@ -13,7 +13,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The CUDA kernels, where nvcc is: for the card at hand; without one, for one kind of card, to see that they compile.
 CARDS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)
-export TORCH_CUDA_ARCH_LIST ?= $(or $(CARDS),8.0+PTX)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(CARDS),9.0+PTX)
 
 .PHONY: bench test test-fast nightly processors sanitize lint docs format abi gpu-acceptance clean
 

@@ -168,6 +168,8 @@ def test_the_table_is_what_the_machine_code_predicts():
     """Within 15 %, for compilers differ."""
     from mambaout_kernels.audit.preferences import rows_of
 
+    if "sm_90" not in cuda.targets(cuda.module_path()):
+        pytest.skip("the compiled module is for other cards")
     shipped = {(r.bits, r.aligned, r.backward, r.max_elements): r for r in preferences.shipped() if r.arch == "sm_90"}
     for now in rows_of(cuda.module_path(), "sm_90", "float32", True, 128, None):
         then = shipped[now["bits"], now["aligned"], now["backward"], now["max_elements"]]

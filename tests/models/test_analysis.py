@@ -8,6 +8,7 @@ from torch import nn
 from mambaout_kernels import analysis
 from mambaout_kernels.cli import main
 from mambaout_kernels.models import VARIANTS, create_model
+from mambaout_kernels.nn import block
 
 # Of convolutions and linear layers, counted on timm's models with hooks, in 1e9.
 GIGA_MACS = {
@@ -46,6 +47,7 @@ def test_macs_of_another_counter():
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
+    block._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="conv has hooks"):
         model(torch.zeros(1, 3, 70, 97))
     assert analysis.macs("test_mambaout", 70, 97) == total
