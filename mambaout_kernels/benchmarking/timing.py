@@ -92,6 +92,11 @@ def captured(contender: Contender) -> Contender:
     return replace(contender, run=replay, prepare=_nothing, context=nullcontext)
 
 
+# A first round of more seconds is all of the warm-up, and three are timed: a cell would take minutes.
+LONG_ROUND_S = 10.0
+ROUNDS_OF_LONG = 3
+
+
 def interleave(
     contenders: Sequence[Contender],
     budget_s: float,
@@ -104,7 +109,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time contenders A B A B ...: whatever disturbs the machine meets all of them alike.
 
-    Rounds are run until `budget_s` seconds of `clock` have passed, but at least `min_rounds` and at most `max_rounds`.
+    Rounds are run until `budget_s` seconds of `clock` have passed, but at least `min_rounds` (of long rounds
+    ROUNDS_OF_LONG) and at most `max_rounds`.
     `stopwatch` times a repetition; None: the clock. `settle` is called before each repetition, untimed: it can wait
     until the threads of the contender before have gone to sleep.
     """
@@ -117,8 +123,12 @@ def interleave(
             return timed(lambda: contender.run(prepared))
 
     for _ in range(warmup_rounds):
+        start = clock()
         for contender in contenders:
             once(contender)
+        if clock() - start > LONG_ROUND_S:
+            min_rounds = min(min_rounds, ROUNDS_OF_LONG)
+            break
     timings = {contender.name: Timing() for contender in contenders}
     gc_was_enabled = gc.isenabled()
     gc.collect()

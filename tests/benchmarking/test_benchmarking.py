@@ -67,6 +67,13 @@ def test_rounds_fill_the_budget():
     assert len(interleave(contenders, 1e9, clock=clock, max_rounds=7)["A"].seconds) == 7
 
 
+def test_few_rounds_where_one_takes_long():
+    calls, clock = [], Clock()
+    contenders = [Contender(name, lambda _, name=name: (calls.append(name), clock.work(9.0))) for name in "AB"]
+    assert interleave(contenders, 1.0, clock=clock)["B"].seconds == [9.0, 9.0, 9.0]
+    assert "".join(calls) == "AB" * 4
+
+
 def test_settling_is_not_timed():
     clock = Clock()
     contenders = [Contender(name, lambda _: clock.work(1.0)) for name in "AB"]
