@@ -207,7 +207,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "isa", "shape"), cases(PRODUCTS, on_amx=False))
+@pytest.mark.parametrize(("kind", "isa", "shape"), cases(PRODUCTS, on_amx=True))
 def test_products(kind, isa, shape):
     """Of training's linear layers, with either factor turned, or part of a wider matrix; and of rows."""
     M, N, K = PRODUCTS[shape]
