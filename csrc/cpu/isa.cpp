@@ -16,9 +16,7 @@ namespace {
 
 enum class Amx { kGranted, kNotInProcessor, kRefused };
 
-#if defined(MAMBAOUT_EMULATED_AMX)
-Amx request_amx() { return Amx::kGranted; }
-#elif defined(MAMBAOUT_X86)
+#if defined(MAMBAOUT_X86)
 // Linux grants the memory for tiles to a process that asks before it uses them, and refuses where a signal stack is too
 // small for them; forked processes have what their parent was granted.
 Amx request_amx() {
@@ -89,9 +87,6 @@ bool compiled(Isa isa) {
 
 bool supported(Isa isa) {
   if (!compiled(isa)) return false;
-#if defined(MAMBAOUT_EMULATED_AMX)
-  if (isa == Isa::kAmxBf16) return true;
-#endif
 #if defined(MAMBAOUT_X86)
   __builtin_cpu_init();
   if (isa == Isa::kPortable) return true;

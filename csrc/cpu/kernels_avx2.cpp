@@ -3,22 +3,7 @@
 #include "simd/activations.h"
 #include "simd/loops.h"
 #include "gated_dwconv/conv_rows.h"
-// clang-format on
-
-namespace mambaout_kernels::cpu {
-namespace {
-
-template <typename Element>
-struct VecOf {
-  using type = Vec;
-};
-template <Act act, typename Element>
-using GateOf = Gate<act, sizeof(Element) == 2>;
-
-}  // namespace
-}  // namespace mambaout_kernels::cpu
-
-// clang-format off
+#include "simd/fp32_only.h"
 #include "gated_dwconv/body.h"
 #include "gated_dwconv/forward_body.h"
 #include "gated_dwconv/backward_body.h"
