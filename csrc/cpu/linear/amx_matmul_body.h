@@ -2,7 +2,6 @@
 // matmul_body.h. Needs amx_gemm.h and gemm_nt_body.h before it.
 #pragma once
 
-#include "kernels.h"
 #include "row_sums.h"
 
 namespace mambaout_kernels::cpu {
@@ -11,26 +10,25 @@ namespace {
 class AmxMatmul {
  public:
   explicit AmxMatmul(const MatmulTask& task)
-      : call_(*task.call), m0_(task.m0), rows_(task.m1 - task.m0), n0_(task.n0), n1_(task.n1) {
-    const MatmulScratch scratch = matmul_scratch(rows_, Gemm::kFormat);
-    char* base = static_cast<char*>(task.scratch);
-    a_ = LeftFactor<Gemm::Left>::at(base + scratch.rows, scratch.plane);
-    panel_ = reinterpret_cast<BFloat16*>(base + scratch.panel);
-    tile_ = reinterpret_cast<float*>(base + scratch.tile);
-    row_sums_ = reinterpret_cast<double*>(base + scratch.row_sums);
+      : call_(*task.call),
+        m0_(task.m0),
+        rows_(task.m1 - task.m0),
+        n0_(task.n0),
+        n1_(task.n1),
+        scratch_(matmul_scratch(rows_, Gemm::kFormat)),
+        row_sums_(task, part<double>(task, scratch_.row_sums)) {
+    a_ = LeftFactor<Gemm::Left>::at(part<char>(task, scratch_.rows), scratch_.plane);
+    panel_ = part<BFloat16>(task, scratch_.panel);
+    tile_ = part<float>(task, scratch_.tile);
   }
 
   void run() {
-    const bool sums = call_.row_sums != nullptr && n0_ == 0;
-    if (sums) {
-      for (std::int64_t m = 0; m < rows_; ++m) row_sums_[m] = 0.0;
-    }
     std::int64_t k0 = 0;
     do {  // at least once: with no terms the output is the bias
       depth_ = min(kKc, call_.K - k0);
       padded_ = (depth_ + kStep - 1) / kStep * kStep;
       call_.a_m != 1 ? copy_rows(k0) : transpose_rows(k0);
-      if (sums) add_row_sums(call_, m0_, rows_, k0, depth_, row_sums_);
+      row_sums_.add(k0, depth_);
       for (std::int64_t n = n0_; n < n1_; n += kNr) {
         pack_panel(k0, n);
         Gemm::for_each_tile(rows_, [&](auto rows, std::int64_t m) {
@@ -40,9 +38,7 @@ class AmxMatmul {
       }
       k0 += kKc;
     } while (k0 < call_.K);
-    if (sums) {
-      for (std::int64_t m = 0; m < rows_; ++m) call_.row_sums[m0_ + m] = static_cast<float>(row_sums_[m]);
-    }
+    row_sums_.finish();
   }
 
  private:
@@ -135,11 +131,12 @@ class AmxMatmul {
 
   const MatmulCall& call_;
   const std::int64_t m0_, rows_, n0_, n1_;
+  const MatmulScratch scratch_;
+  const RowSums row_sums_;
   std::int64_t depth_ = 0, padded_ = 0;
   Gemm::Left a_;
   BFloat16* panel_;
   float* tile_;
-  double* row_sums_;
 };
 
 inline void run_amx_matmul(const MatmulTask& task) {

@@ -4,7 +4,6 @@
 // multiplied by all of the rows, a tile at a time, and the products are added to the output.
 #pragma once
 
-#include "kernels.h"
 #include "row_sums.h"
 
 namespace mambaout_kernels::cpu {
@@ -13,20 +12,19 @@ namespace {
 class Matmul {
  public:
   explicit Matmul(const MatmulTask& task)
-      : call_(*task.call), m0_(task.m0), rows_(task.m1 - task.m0), n0_(task.n0), n1_(task.n1) {
-    const MatmulScratch scratch = matmul_scratch(rows_, Fp32Gemm::kFormat);
-    char* base = static_cast<char*>(task.scratch);
-    a_ = reinterpret_cast<float*>(base + scratch.rows);
-    panel_ = reinterpret_cast<float*>(base + scratch.panel);
-    tile_ = reinterpret_cast<float*>(base + scratch.tile);
-    row_sums_ = reinterpret_cast<double*>(base + scratch.row_sums);
+      : call_(*task.call),
+        m0_(task.m0),
+        rows_(task.m1 - task.m0),
+        n0_(task.n0),
+        n1_(task.n1),
+        scratch_(matmul_scratch(rows_, Fp32Gemm::kFormat)),
+        row_sums_(task, part<double>(task, scratch_.row_sums)) {
+    a_ = part<float>(task, scratch_.rows);
+    panel_ = part<float>(task, scratch_.panel);
+    tile_ = part<float>(task, scratch_.tile);
   }
 
   void run() {
-    const bool sums = call_.row_sums != nullptr && n0_ == 0;
-    if (sums) {
-      for (std::int64_t m = 0; m < rows_; ++m) row_sums_[m] = 0.0;
-    }
     std::int64_t k0 = 0;
     do {  // at least once: with no terms the output is the bias
       depth_ = min(kKc, call_.K - k0);
@@ -34,7 +32,7 @@ class Matmul {
         copy_rows(k0);
       } else {
         for_each_gemm_tile<kMr>(rows_, [&](auto tile, std::int64_t m) { gather<decltype(tile)::value>(k0, m); });
-        if (sums) add_row_sums(call_, m0_, rows_, k0, depth_, row_sums_);
+        row_sums_.add(k0, depth_);
       }
       for (std::int64_t n = n0_; n < n1_; n += kNr) {
         call_.b_n == 1 ? copy_panel(k0, n) : transpose_panel(k0, n);
@@ -43,9 +41,7 @@ class Matmul {
       }
       k0 += kKc;
     } while (k0 < call_.K);
-    if (sums) {
-      for (std::int64_t m = 0; m < rows_; ++m) call_.row_sums[m0_ + m] = static_cast<float>(row_sums_[m]);
-    }
+    row_sums_.finish();
   }
 
  private:
@@ -151,9 +147,10 @@ class Matmul {
 
   const MatmulCall& call_;
   const std::int64_t m0_, rows_, n0_, n1_;
+  const MatmulScratch scratch_;
+  const RowSums row_sums_;
   std::int64_t depth_ = 0;
   float *a_, *panel_, *tile_;
-  double* row_sums_;
 };
 
 inline void run_matmul(const MatmulTask& task) { Matmul(task).run(); }
