@@ -19,6 +19,7 @@ from torch import nn
 
 from ..backends.checks import MAX_KERNEL_SIZE
 from ..ops import gated_dwconv
+from .alignment import aligned, with_zeros
 from .causal import CausalConv2d
 from .eligibility import activation_name, gated_dwconv_reason
 from .layers import DropPath, LayerScale
@@ -123,9 +124,9 @@ class FusedGatedCNNBlock(nn.Module):
     def _unfused_warning(reason: str) -> str:
         return f"FusedGatedCNNBlock runs as separate PyTorch operations: {reason}"
 
-    def _gated_dwconv(self, u: torch.Tensor) -> torch.Tensor:
-        """act(g) * concat(i, conv(c)), (N, H, W, 2 * hidden) to (N, H, W, hidden)."""
-        reason = self.unfused_reason()
+    def _gated_dwconv(self, u: torch.Tensor, zeros: int | None) -> torch.Tensor:
+        """act(g) * concat(i, conv(c)), (N, H, W, 2 * hidden) to (N, H, W, hidden); `zeros`: see `aligned`."""
+        reason = self.unfused_reason() if zeros is None else None
         if reason is not None:
             if not torch.compiler.is_compiling():
                 _warn_once(self._unfused_warning(reason))
@@ -139,6 +140,8 @@ class FusedGatedCNNBlock(nn.Module):
             weight, bias = conv.filter() if type(conv) is CausalConv2d else conv.weight, conv.bias
             if weight.dtype not in (u.dtype, torch.float32) and torch.is_autocast_enabled(u.device.type):
                 weight, bias = weight.to(u.dtype), bias.to(u.dtype)  # as autocast does for conv2d
+        if zeros:
+            weight, bias = with_zeros(weight, zeros), with_zeros(bias, zeros)
         return gated_dwconv(u, weight, bias, str(self.op_act))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,9 +149,10 @@ class FusedGatedCNNBlock(nn.Module):
             raise ValueError(
                 f"x must be (N, H, W, {self.dim}), channels last, floating point; got {tuple(x.shape)} of {x.dtype}"
             )
-        u = norm_linear(self.norm, self.fc1, x)
-        y = self._gated_dwconv(u)
-        return self.drop_path(self.ls(linear(self.fc2, y))) + x
+        fc1, fc2, zeros = aligned(self, x)
+        u = norm_linear(self.norm, fc1, x)
+        y = self._gated_dwconv(u, zeros)
+        return self.drop_path(self.ls(linear(fc2, y))) + x
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(

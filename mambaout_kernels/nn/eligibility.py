@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ..reference import ACTIVATIONS, activation
 from .causal import CausalConv2d
@@ -42,6 +43,14 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not has_hooks(module)
+
+
+def is_plain_tensor(t: Tensor) -> bool:
+    """Neither a DTensor nor quantized nor any other subclass, whose operations may mean something else.
+
+    FakeTensor is what exporters have in a parameter's place.
+    """
+    return type(t) in (Tensor, nn.Parameter) or (type(t) is FakeTensor and torch.compiler.is_compiling())
 
 
 def is_plain_layer_norm(module: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """fc(x) and fc(norm(x)) of modules, by our kernels where these compute the same, else by calling the modules."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
@@ -11,23 +12,38 @@ from ..ops.norm_linear import norm_linear as norm_linear_op
 from .eligibility import is_plain_layer_norm, is_plain_linear
 
 
-def linear(fc: nn.Module, x: Tensor, stream_weight: bool = False) -> Tensor:
+class Weights(NamedTuple):
+    """What stands for a plain nn.Linear: its parameters, or what was made of them (alignment.py)."""
+
+    weight: Tensor  # (out_features, in_features)
+    bias: Tensor | None
+
+
+def linear(fc: nn.Module | Weights, x: Tensor, stream_weight: bool = False) -> Tensor:
     """fc(x); by the compiled kernels for a plain nn.Linear in float32 on the CPU, outside autocast.
 
     stream_weight: x has few rows, so that reading the weight takes longer than multiplying it.
     """
-    if x.device.type != "cpu" or not is_plain_linear(fc):
-        return fc(x)
+    if not _reads_weights(fc, x, stream_weight):
+        return F.linear(x, fc.weight, fc.bias) if isinstance(fc, Weights) else fc(x)
+    plain: Any = fc
+    return ops.linear(x, plain.weight, plain.bias, stream_weight)
+
+
+def _reads_weights(fc: nn.Module | Weights, x: Tensor, stream_weight: bool) -> bool:
+    if x.device.type != "cpu" or not _is_plain(fc):
+        return False
     if torch.compiler.is_compiling() and not stream_weight:  # a compiler does better with what it knows
-        return fc(x)
-    if torch.is_autocast_enabled("cpu") or x.shape[-1] != fc.in_features:
-        return fc(x)
-    weight: Any = fc.weight
-    bias: Any = fc.bias
-    return ops.linear(x, weight, bias, stream_weight)
+        return False
+    plain: Any = fc
+    return not torch.is_autocast_enabled("cpu") and x.shape[-1] == plain.weight.shape[-1]
 
 
-def norm_linear(norm: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
+def _is_plain(fc: nn.Module | Weights) -> bool:
+    return isinstance(fc, Weights) or is_plain_linear(fc)
+
+
+def norm_linear(norm: nn.Module, fc: nn.Module | Weights, x: Tensor) -> Tensor:
     """fc(norm(x)), (..., dim) to (..., out_features); in training without keeping norm(x), where both are plain."""
     if not _recomputes_norm(norm, fc, x):
         return linear(fc, norm(x))
@@ -36,14 +52,14 @@ def norm_linear(norm: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
     return norm_linear_op(x, ln.weight, ln.bias, ln.eps, layer.weight, layer.bias)
 
 
-def _recomputes_norm(norm: nn.Module, fc: nn.Module, x: Tensor) -> bool:
+def _recomputes_norm(norm: nn.Module, fc: nn.Module | Weights, x: Tensor) -> bool:
     """Plain modules of x's dtype, outside autocast and compilers, when gradients are wanted; not on the reference."""
     if backends.uses_reference(x.device.type):
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    if not is_plain_layer_norm(norm) or not is_plain_linear(fc):
+    if not is_plain_layer_norm(norm) or not _is_plain(fc):
         return False
     gamma: Any = norm.weight
-    weight: Any = fc.weight
-    return gamma is not None and gamma.dtype == weight.dtype == x.dtype and norm.normalized_shape == x.shape[-1:]
+    plain: Any = fc
+    return gamma is not None and gamma.dtype == plain.weight.dtype == x.dtype and norm.normalized_shape == x.shape[-1:]
