@@ -77,7 +77,7 @@ def _split(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return g, i, c
 
 
-def _dwconv(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def dwconv(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise convolution of an NHWC tensor, in its own dtype, as PyTorch's layers under autocast do it."""
     if c.numel() == 0:  # where conv2d refuses a height or width of 0, and a group of no channels
         return c * weight[:, 0, 0, 0].to(c.dtype) + bias.to(c.dtype)
@@ -97,7 +97,7 @@ def gated_dwconv(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     u (N, H, W, 2D); weight (C, 1, K, K); bias (C,); y (N, H, W, D) in u's dtype. Differentiable any number of times.
     """
     g, i, c = _split(u, weight)
-    return activation(g, act) * torch.cat((i, _dwconv(c, weight, bias)), dim=-1)
+    return activation(g, act) * torch.cat((i, dwconv(c, weight, bias)), dim=-1)
 
 
 def gated_dwconv_backward(
@@ -111,12 +111,12 @@ def gated_dwconv_backward(
     """
     g, i, c = _split(u, weight)
     conv_channels = weight.shape[0]
-    s = torch.cat((i, _dwconv(c, weight, bias)), dim=-1)
+    s = torch.cat((i, dwconv(c, weight, bias)), dim=-1)
     dg = dy * s * activation_slope(g, act)
     di, e = (dy * activation(g, act)).split((i.shape[-1], conv_channels), dim=-1)
     if conv_channels == 0 or u.numel() == 0:
         return torch.cat((dg, di, e), dim=-1), torch.zeros_like(weight), torch.zeros_like(bias)
-    dc = _dwconv(e, weight.flip((2, 3)), torch.zeros_like(bias))
+    dc = dwconv(e, weight.flip((2, 3)), torch.zeros_like(bias))
     du = torch.cat((dg, di, dc), dim=-1)
     return du, _weight_gradient(e, c, weight).to(weight.dtype), e.sum(dim=(0, 1, 2)).to(bias.dtype)
 

@@ -32,6 +32,7 @@ class Device:
     warps: int
     blocks: int
     shared_kib: int
+    tensor_tflops: float  # dense, of 16-bit products added in fp32; of TF32 half of it
     clock: str = ""
 
     def resident_blocks(self, registers: int, threads: int, shared_bytes: int) -> int:

@@ -31,14 +31,17 @@ def check(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> None:
         raise TypeError(f"u must be one of {_names(_DTYPES)}; got {u.dtype}")
     if u.shape[3] % 2 != 0:
         raise ValueError(f"u must have an even number of channels, 2 * hidden; got {u.shape[3]} in {tuple(u.shape)}")
+    check_parameters(u, u.shape[3] // 2, weight, bias, act)
+
+
+def check_parameters(u: Tensor, hidden: int, weight: Tensor, bias: Tensor, act: str) -> None:
+    """As `check`, of the filter beside a u of so many hidden channels."""
     if weight.ndim != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must have shape (conv_channels, 1, K, K); got {tuple(weight.shape)}")
     if weight.shape[2] % 2 == 0 or weight.shape[2] > MAX_KERNEL_SIZE:
         raise ValueError(f"weight must have an odd kernel size from 1 to {MAX_KERNEL_SIZE}; got {weight.shape[2]}")
-    if weight.shape[0] > u.shape[3] // 2:
-        raise ValueError(
-            f"weight must have at most hidden = {u.shape[3] // 2} channels, half of u's; got {weight.shape[0]}"
-        )
+    if weight.shape[0] > hidden:
+        raise ValueError(f"weight must have at most hidden = {hidden} channels, half of u's; got {weight.shape[0]}")
     if bias.ndim != 1 or bias.shape[0] != weight.shape[0]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), as weight's channels; got {tuple(bias.shape)}")
     if act not in ACTIVATIONS:

@@ -42,7 +42,7 @@ def _recent(device_index: int) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device_index) >= _OLDEST
 
 
-def supports(u: Tensor, weight: Tensor) -> bool:
+def supports(u: Tensor, weight: Tensor | None = None) -> bool:
     """fp32, bf16 and fp16 on CUDA and ROCm; on the CPU under the interpreter alone."""
     if u.dtype not in _DTYPES:
         return False

@@ -16,6 +16,7 @@ from ..version import __version__
 from .model import InferenceModel
 from .optimize import optimize_for_inference
 from .parts import PackedPart
+from .split_blocks import SplitBlock
 
 _FORMAT = "mambaout_kernels inference model"
 _SETTINGS = (bool, int, float, str, tuple)
@@ -33,6 +34,11 @@ def _safetensors() -> Any:
 
 
 def save(model: InferenceModel, path: str | os.PathLike[str]) -> None:
+    if any(isinstance(part, SplitBlock) for part in model.modules()) or any(t.is_cuda for t in model.buffers()):
+        raise RuntimeError(
+            "inference models in files are for the CPU: on a GPU nothing is packed; save the weights of the model that "
+            "this one was made from"
+        )
     metadata = {
         "format": _FORMAT,
         "version": __version__,

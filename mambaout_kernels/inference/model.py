@@ -95,6 +95,7 @@ class InferenceModel(nn.Module):
 
         Raises:
             ImportError: without the safetensors package.
+            RuntimeError: a model on a GPU.
         """
         from .files import save
 

@@ -15,8 +15,10 @@ from ..nn import FusedGatedCNNBlock
 from ..nn.downsample import Downsample, Stem
 from ..nn.eligibility import conv3x3s2_reason, gated_cnn_block_reason, has_hooks, head_reason
 from ..nn.head import Head
+from . import split_blocks
 from .model import InferenceModel, Part
 from .parts import FusedHead, PackedBlocks, PackedDownsample, PackedStem
+from .split_blocks import SplitBlocks, split_reason
 
 
 def optimize_for_inference(
@@ -26,14 +28,16 @@ def optimize_for_inference(
 
     On the CPU the stem, what stands between the stages, each run of Gated CNN blocks, and the head become one op each,
     on weights packed for the instruction set in use. What cannot be fused runs through its own modules; `report()`
-    tells what and why. On other devices the blocks are fused as by `patch`.
+    tells what and why. On GPUs each block is three kernels, or two and three matrix products of PyTorch's where it is
+    wide (ops/split_block.py); on other devices, and in what these do not take, blocks are fused as by `patch`.
 
     Args:
         model: a MambaOut of this package, of timm or of the authors, patched or not; one block; or any module that
             contains such parts (nn.Sequential, features_only, a detector, an EMA or DDP wrapper). It stays as it is.
-        dtype: what to compute in: float32 or bfloat16 are fused. None for the model's own. As after `model.to(dtype)`,
-            weights are rounded to it, and so is the input. In float32 `torch.set_float32_matmul_precision` counts: what
-            it says now, "medium" for products of bfloat16 numbers on processors that multiply these fast.
+        dtype: what to compute in: float32 or bfloat16 are fused, on GPUs float16, too. None for the model's own. As
+            after `model.to(dtype)`, weights are rounded to it, and so is the input. In float32
+            `torch.set_float32_matmul_precision` counts, as it is set now: on the CPU "medium" allows products of
+            bfloat16 numbers on processors that multiply these fast; on GPUs blocks are fused where it allows TF32.
         device: where to; None for the model's own.
 
     Raises:
@@ -56,7 +60,7 @@ def optimize_for_inference(
         raise ValueError(f"model: {type(model).__name__} has no floating-point parameter, so no block to fuse")
     parts: list[Part] = []
     _fuse_foreign_blocks(frozen, parts)
-    swap = _Swap(like.dtype, _unfusable(like.device), parts)
+    swap = _Swap(like.dtype, like.device, parts)
     frozen = swap.module(frozen, "")
     if not parts:
         raise ValueError(
@@ -98,10 +102,10 @@ def _own_memory(frozen: nn.Module, model: nn.Module) -> None:
             t.data = t.data.clone()
 
 
-def _unfusable(device: torch.device) -> str | None:
+def _unpackable(device: torch.device) -> str | None:
     """Why nothing can be packed on this device; None where it can."""
     if device.type != "cpu":
-        return f"packed weights are for the CPU; on {device.type} the block runs the fused op gated_dwconv"
+        return f"packed weights are for the CPU, not for {device.type}"
     reason: str | None = backends.status()["cpu"]
     if reason is None and backends.preferred("cpu") != "cpu":
         reason = f"the backend {backends.preferred('cpu')!r} is asked for"
@@ -145,10 +149,12 @@ _DIFFERS = "it computes something else than its parts would in a MambaOut"
 
 
 class _Swap:
-    """Replaces what can be fused in `dtype`; `unfusable`: why nothing can."""
+    """Replaces what can be fused in `dtype` on `device`; `unpackable`: why nothing can be packed there."""
 
-    def __init__(self, dtype: torch.dtype, unfusable: str | None, parts: list[Part]):
-        self.dtype, self.unfusable, self.parts = dtype, unfusable, parts
+    def __init__(self, dtype: torch.dtype, device: torch.device, parts: list[Part]):
+        self.dtype, self.device, self.parts = dtype, device, parts
+        self.unpackable = _unpackable(device)
+        self.unsplittable = "packed weights are faster" if self.unpackable is None else split_blocks.unavailable(device)
         self._replaced: dict[nn.Module, nn.Module] = {}
 
     def _once(self, module: nn.Module, name: str) -> nn.Module:
@@ -179,12 +185,20 @@ class _Swap:
     def _block(self, module: nn.Module) -> nn.Module | str | None:
         if not isinstance(module, FusedGatedCNNBlock):
             return None
-        return self._block_reason(module) or PackedBlocks([module], self.dtype)
+        return self._block_reason(module) or self._fused([module])
 
     def _block_reason(self, block: FusedGatedCNNBlock) -> str | None:
         if type(block).forward is not FusedGatedCNNBlock.forward:
             return f"{type(block).__name__} has a forward of its own"
-        return self.unfusable or gated_cnn_block_reason(block, self.dtype)
+        if self.unsplittable is None:
+            reason = split_reason(block, self.dtype, self.device)
+            return reason and f"{reason}; the block runs the fused op gated_dwconv"
+        if self.unpackable is None:
+            return gated_cnn_block_reason(block, self.dtype)
+        return self.unpackable if self.device.type == "cpu" else self.unsplittable
+
+    def _fused(self, run: list[FusedGatedCNNBlock]) -> nn.Module:
+        return (PackedBlocks if self.unpackable is None else SplitBlocks)(run, self.dtype)
 
     def _sequential(self, sequence: nn.Sequential, name: str) -> None:
         """Blocks that follow each other become one part."""
@@ -194,7 +208,7 @@ class _Swap:
 
         def finish() -> None:
             if run:
-                children[names[0]] = PackedBlocks(run, self.dtype)
+                children[names[0]] = self._fused(run)
                 last = f" to {names[-1]}" if len(names) > 1 else ""
                 self.parts.append(Part(f"{name}.{names[0]}".lstrip(".") + last, "blocks", True, None))
                 run.clear()
@@ -222,8 +236,8 @@ class _Swap:
             return None
         if has_hooks(module):
             return "it has hooks"
-        if self.unfusable:
-            return self.unfusable
+        if self.unpackable:
+            return self.unpackable
         if type(module) is not Stem and not _agree(Stem.forward, module, 1, m.conv1.in_channels, 9, 10):
             return _DIFFERS
         reason = conv3x3s2_reason(m.conv1, m.norm1, m.act, self.dtype)
@@ -235,8 +249,8 @@ class _Swap:
             return None
         if has_hooks(module):
             return "it has hooks"
-        if self.unfusable:
-            return self.unfusable
+        if self.unpackable:
+            return self.unpackable
         norm_first = getattr(m, "norm_first", False)
         if type(module) is not Downsample:
             size = (1, 5, 6, m.conv.in_channels)
@@ -256,8 +270,8 @@ class _Swap:
             return None
         if has_hooks(module):
             return "it has hooks"
-        if self.unfusable:
-            return self.unfusable
+        if self.unpackable:
+            return self.unpackable
         if m.pool_type != "avg" or type(m.pre_logits) is not nn.Sequential or has_hooks(m.pre_logits):
             return "it does not average, or has no hidden layer"
         names = [n for n, _ in m.pre_logits.named_children()]
@@ -276,7 +290,7 @@ class _Swap:
         `norm` and `pool` stay, for whoever calls them without the head.
         """
         head: Any = model.head
-        reason = self.unfusable
+        reason = self.unpackable
         if type(model).pool is not MambaOut.pool or "pool" in vars(model) or type(head) is not Head:
             reason = "its pooling or its head is not the one of MambaOut"
         elif has_hooks(head) or any(

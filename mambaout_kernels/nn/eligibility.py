@@ -3,6 +3,7 @@
 A reason is a sentence for the user; None means that the op computes what calling the modules would.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -132,15 +133,20 @@ def gated_dwconv_reason(block: GatedCNNBlock) -> str | None:
 
 # --- whole parts of a network, for inference (inference/) ---
 
+_CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _parameters_reason(named: dict[str, Any], dtype: torch.dtype) -> str | None:
-    if dtype not in _DTYPES:
-        return f"the fused ops compute in float32 and bfloat16, not in {dtype}"
+def _parameters_reason(
+    named: dict[str, Any], dtype: torch.dtype, device: torch.device = _CPU, dtypes: Sequence[torch.dtype] = _DTYPES
+) -> str | None:
+    if dtype not in dtypes:
+        names = [str(d).removeprefix("torch.") for d in dtypes]
+        return f"the fused ops compute in {', '.join(names[:-1])} and {names[-1]}, not in {dtype}"
     for name, p in named.items():
-        if p is not None and (p.dtype != dtype or p.device.type != "cpu"):
-            return f"{name} is {p.dtype} on {p.device}, not {dtype} on the CPU"
+        if p is not None and (p.dtype != dtype or p.device != device):
+            where = "the CPU" if device.type == "cpu" else str(device)
+            return f"{name} is {p.dtype} on {p.device}, not {dtype} on {where}"
     return None
 
 
@@ -167,8 +173,10 @@ def _no_op(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module).__name__ == "DropPath" and not module.training)
 
 
-def gated_cnn_block_reason(block: GatedCNNBlock, dtype: torch.dtype) -> str | None:
-    """Why the whole block cannot run as one op in inference, in `dtype` on the CPU."""
+def gated_cnn_block_reason(
+    block: GatedCNNBlock, dtype: torch.dtype, device: torch.device = _CPU, dtypes: Sequence[torch.dtype] = _DTYPES
+) -> str | None:
+    """Why the whole block cannot run as one op in inference, in `dtype` on `device`, of an op that takes `dtypes`."""
     norm, fc1, conv, fc2, ls = block.norm, block.fc1, block.conv, block.fc2, block.ls
     if isinstance(block, nn.Module) and has_hooks(block):
         return "it has hooks"
@@ -185,7 +193,7 @@ def gated_cnn_block_reason(block: GatedCNNBlock, dtype: torch.dtype) -> str | No
         return f"drop_path has hooks, or is a {type(block.drop_path).__name__}"
     weights = {f"{n}.weight": getattr(m, "weight", None) for n, m in
                (("norm", norm), ("fc1", fc1), ("conv", conv), ("fc2", fc2))}  # fmt: skip
-    return _parameters_reason({**weights, "ls.gamma": scale}, dtype)
+    return _parameters_reason({**weights, "ls.gamma": scale}, dtype, device, dtypes)
 
 
 def conv3x3s2_reason(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, dtype: torch.dtype) -> str | None:

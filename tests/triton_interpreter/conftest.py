@@ -25,9 +25,28 @@ def _fused(self, x, y, z):
     return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
 
+def _as_float32(handle):
+    """bfloat16, which the interpreter keeps as uint16, in a form that NumPy multiplies: every product is exact."""
+    import triton.language as tl
+
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle.data.astype(np.float32)
+    return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _dot(self, a, b, sums, *_):
+    """Products of 16-bit numbers are exact in fp32, and added there, as tensor cores do; fp32 is multiplied as fp32."""
+    from triton.runtime.interpreter import TensorHandle
+
+    return TensorHandle(np.matmul(_as_float32(a), _as_float32(b)) + sums.data, sums.dtype.scalar)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _arithmetic_of_the_compiled_code():
-    """The interpreter cuts fp32 to bf16 and rounds the product of tl.fma; machine code rounds once (cvt.rn, fma.rn)."""
+    """The interpreter cuts fp32 to bf16, rounds the product of tl.fma, and multiplies the bits of bf16 in tl.dot.
+
+    Machine code rounds once (cvt.rn, fma.rn).
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -41,4 +60,5 @@ def _arithmetic_of_the_compiled_code():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", cast)
         patch.setattr(InterpreterBuilder, "create_fma", _fused)
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
         yield

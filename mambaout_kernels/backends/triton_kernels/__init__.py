@@ -8,4 +8,5 @@ backward.py          dg, di and dc
 weight_gradient.py   dweight and dbias: partial sums, then their sum in a fixed order
 tiles.py, tiles.json which tile is launched on which architecture
 launch.py            tensors to kernel arguments
+block.py             the block in inference, without u in memory; block_tiles.py, block_launch.py: as above, for these
 """

@@ -1,0 +1,102 @@
+"""Tensors to the kernels of block.py. Inputs are valid, contiguous and of one dtype."""
+
+import torch
+import triton
+from torch import Tensor
+
+from . import block_tiles, tiles
+from .block import depthwise_fwd, gated_linear_fwd, gated_mlp_fwd, layer_norm_fwd, norm_linear_fwd
+from .launch import _blocks, _constants, _guard, _pack, _vector, architecture
+
+
+def _precision() -> str:
+    """Of fp32 products, as torch.set_float32_matmul_precision says. 16-bit ones are exact in any case."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _tile(kernel: str, x: Tensor) -> block_tiles.BlockTile:
+    return block_tiles.choose(architecture(x.device), kernel, 8 * x.element_size(), x.shape[-1])
+
+
+def pack_filter(weight: Tensor, bias: Tensor) -> Tensor:
+    """weight (C, 1, K, K) and bias as `depthwise` reads them."""
+    with _guard(weight):
+        return _pack(weight, bias)[0]
+
+
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """layer_norm(x): x (..., dim)."""
+    dim = x.shape[-1]
+    y, P = torch.empty_like(x), x.numel() // dim
+    tile, (k0, k1) = _tile("layer_norm", x), block_tiles.parts(dim)
+    if P:
+        with _guard(x):
+            layer_norm_fwd[(triton.cdiv(P, tile.block_m),)](
+                x, gamma, beta, y, P, eps, DIM=dim, K0=k0, K1=k1, BLOCK_M=tile.block_m, **tile.options()
+            )
+    return y
+
+
+def norm_linear(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """layer_norm(x) weight^T + bias: x (..., dim), weight (out_features, dim)."""
+    dim, N = x.shape[-1], weight.shape[0]
+    y, P = x.new_empty((*x.shape[:-1], N)), x.numel() // dim
+    tile, (k0, k1) = _tile("norm_linear", x), block_tiles.parts(dim)
+    if P and N:
+        with _guard(x):
+            norm_linear_fwd[(triton.cdiv(P, tile.block_m),)](
+                x, gamma, beta, weight, bias, y, P, eps, N=N, DIM=dim, K0=k0, K1=k1, PRECISION=_precision(),
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
+            )  # fmt: skip
+    return y
+
+
+def depthwise(x: Tensor, taps: Tensor, K: int) -> Tensor:
+    """dwconv(x) + bias: x (N, H, W, C), of filters as pack_filter gives them."""
+    N, H, W, C = x.shape
+    y = torch.empty_like(x)
+    if not y.numel():
+        return y
+    vector = _vector(x, C)
+    aligned = vector * x.element_size() == tiles.VECTOR_BYTES
+    tile = tiles.choose(architecture(x.device), "forward", 8 * x.element_size(), W, K, aligned)
+    programs, *blocks = _blocks(tile, (N, H, W), C)
+    pack_blocks = taps.shape[1] // 128
+    with _guard(x):
+        depthwise_fwd[(programs,)](x, taps, y, H, W, C, pack_blocks, *blocks, VEC=vector, **_constants(tile, K))
+    return y
+
+
+def gated_mlp(
+    x: Tensor, s: Tensor, gamma: Tensor, beta: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor,
+    fc2_bias: Tensor, scale: Tensor | None, eps: float, act: str,
+) -> Tensor:  # fmt: skip
+    """x + scale * fc2(act(g) * concat(i, s)), [g, i] = fc1(layer_norm(x)): x (..., dim), s (..., C)."""
+    dim, C, D = x.shape[-1], s.shape[-1], fc2_weight.shape[1]
+    out, P = torch.empty_like(x), x.numel() // dim
+    tile, (k0, k1) = _tile("gated_mlp", x), block_tiles.parts(dim)
+    if P:
+        with _guard(x):
+            gated_mlp_fwd[(triton.cdiv(P, tile.block_m),)](
+                x, s, gamma, beta, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc2_bias if scale is None else scale,
+                out, P, eps, DIM=dim, K0=k0, K1=k1, D=D, C=C, ACT=act, SCALED=scale is not None,
+                PRECISION=_precision(), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+                **tile.options(),
+            )  # fmt: skip
+    return out
+
+
+def gated_linear(a: Tensor, s: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, act: str) -> Tensor:
+    """act(g) * concat(i, s), [g, i] = fc1(a): a (..., dim), s (..., C); (..., D)."""
+    dim, C, D = a.shape[-1], s.shape[-1], fc1_weight.shape[0] // 2
+    y, P = a.new_empty((*a.shape[:-1], D)), a.numel() // dim
+    tile = _tile("gated_linear", a)
+    blocks = triton.cdiv(D - C, tile.block_n) + triton.cdiv(C, tile.block_n)
+    if P:
+        with _guard(a):
+            gated_linear_fwd[(triton.cdiv(P, tile.block_m) * blocks,)](
+                a, s, fc1_weight, fc1_bias, y, P, DIM=dim, D=D, C=C, ACT=act, PRECISION=_precision(),
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
+                **tile.options(),
+            )  # fmt: skip
+    return y
