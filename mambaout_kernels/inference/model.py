@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cuda_graphs import CudaGraphs
 from .parts import refuse_gradients
 
 _ONLY_INFERS = "an InferenceModel only infers: train the model that it was made from, and optimize it again"
@@ -43,14 +44,24 @@ class InferenceModel(nn.Module):
         RuntimeError: on an input that requires a gradient, on train(), and on a move to another dtype or device.
     """
 
-    def __init__(self, model: nn.Module, parts: list[Part], dtype: torch.dtype):
+    def __init__(self, model: nn.Module, parts: list[Part], dtype: torch.dtype, cuda_graphs: bool = False):
         super().__init__()
         self.model = model
         self.dtype = dtype
         self._parts = tuple(parts)
+        self._graphs = CudaGraphs(model) if cuda_graphs else None
         super().train(False)
 
+    def __getstate__(self) -> dict[str, Any]:  # of deep copies and pickles: a graph belongs to its weights' memory
+        return {**self.__dict__, "_graphs": self._graphs is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._graphs = CudaGraphs(self.model) if state["_graphs"] else None
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._graphs is not None and isinstance(x, Tensor) and not args and not kwargs:
+            return self._call(self._graphs, x)
         return self._call(self.model, x, *args, **kwargs)
 
     def forward_features(self, x: Tensor) -> Any:

@@ -22,7 +22,11 @@ from .split_blocks import SplitBlocks, split_reason
 
 
 def optimize_for_inference(
-    model: nn.Module, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    cuda_graphs: bool = False,
 ) -> InferenceModel:
     """A frozen copy of `model` that only infers, as fast as this machine can; later changes of `model` do not reach it.
 
@@ -39,10 +43,13 @@ def optimize_for_inference(
             `torch.set_float32_matmul_precision` counts, as it is set now: on the CPU "medium" allows products of
             bfloat16 numbers on processors that multiply these fast; on GPUs blocks are fused where it allows TF32.
         device: where to; None for the model's own.
+        cuda_graphs: on an NVIDIA GPU, capture forward(x) of one tensor once for each shape of x, and replay it: for
+            small batches, where launching takes longer than computing. Each of up to 16 shapes keeps the memory of its
+            activations; a model whose forward looks at values, as detectors do, cannot be captured.
 
     Raises:
         TypeError: not a torch.nn.Module, an InferenceModel, or a dtype that is not floating point.
-        ValueError: nothing in it that could be fused, on any device.
+        ValueError: nothing in it that could be fused, on any device; cuda_graphs elsewhere than on a GPU.
 
     An optimized model is safe to call from several threads at once, and can be pickled, deep-copied, forked, compiled
     and exported. The copy's weights are in memory beside the original's until that is dropped.
@@ -58,6 +65,8 @@ def optimize_for_inference(
     like = next((p for p in frozen.parameters() if p.is_floating_point()), None)
     if like is None:
         raise ValueError(f"model: {type(model).__name__} has no floating-point parameter, so no block to fuse")
+    if cuda_graphs and like.device.type != "cuda":
+        raise ValueError(f"cuda_graphs must be False on {like.device.type}: a CUDA graph needs a GPU")
     parts: list[Part] = []
     _fuse_foreign_blocks(frozen, parts)
     swap = _Swap(like.dtype, like.device, parts)
@@ -67,7 +76,7 @@ def optimize_for_inference(
             f"model: {type(model).__name__} has no Gated CNN block, stem, downsampling or head of a MambaOut to fuse"
         )
     _own_memory(frozen, model)
-    return InferenceModel(frozen, parts, like.dtype)
+    return InferenceModel(frozen, parts, like.dtype, cuda_graphs)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
