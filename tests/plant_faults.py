@@ -46,8 +46,9 @@ class Copy:
         if not os.path.exists(target) or Path(source).read_bytes() != Path(target).read_bytes():
             shutil.copyfile(source, target)
 
-    def _run(self, *command) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
+    def _run(self, *command, **environment) -> subprocess.CompletedProcess[str]:
+        environment = {**self._environment, **environment}
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
 
     def compile(self, isas: str, with_fault: str = "") -> str:
         """ "", or what the compiler says."""
@@ -59,7 +60,7 @@ class Copy:
                      f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DMAMBAOUT_CUDA=OFF",
                      f"-DMAMBAOUT_PORTABLE={'ON' if isas == 'portable' else 'OFF'}",
                      f"-DMAMBAOUT_EMULATED_AMX={'ON' if isas == 'amx' else 'OFF'}",
-                     "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # fmt: skip
+                     "-DCMAKE_BUILD_TYPE=Faults", "-DCMAKE_CXX_FLAGS_FAULTS=-O1"]  # fmt: skip
         install = ["--install", self._build, "--prefix", "mambaout_kernels", "--component", "cpu"]
         for arguments in (configure, ["--build", self._build, "--target", "_C"], install):
             done = self._run("cmake", *arguments)
@@ -71,7 +72,8 @@ class Copy:
     def test(self, selected: str) -> tuple[int, str]:
         """pytest's exit status, and the test that failed first."""
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(selected)]
-        done = self._run(*command)
+        interpreter = {"TRITON_INTERPRET": "1"} if "triton_interpreter" in selected else {}
+        done = self._run(*command, **interpreter)
         failed = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - |$)", done.stdout, re.MULTILINE)
         return done.returncode, failed[1] if failed else done.stdout[-300:]
 
