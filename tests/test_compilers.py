@@ -48,7 +48,16 @@ def assert_close(actual, expected):
 NEEDS_COMPILER = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
 )
-SMALL = {"depths": (1,), "dims": (8,)}  # the compilers' time goes with the number of layers
+# The compilers' time goes with the number of layers.
+SMALL = {"depths": (1,), "dims": (8,)}
+TWO_STAGES = {"depths": (1, 1), "dims": (8, 16)}
+
+
+def make_whole(kind, **options):
+    """Of every kind of layer one; kind "timm": timm's, patched."""
+    if kind != "timm":
+        return make(**TWO_STAGES, **options)
+    return patch(pytest.importorskip("timm").create_model("test_mambaout", num_classes=3, **TWO_STAGES))
 
 
 @NEEDS_COMPILER
@@ -81,9 +90,7 @@ WHOLE = [("ours", False), ("ours", True), ("timm", False), ("timm", True), ("che
 
 @pytest.mark.parametrize(("kind", "training"), WHOLE)
 def test_whole_models_without_graph_break(kind, training, counted):
-    model = make(drop_path_rate=0.1, drop_rate=0.1)
-    if kind == "timm":
-        model = patch(pytest.importorskip("timm").create_model("test_mambaout", num_classes=3))
+    model = make_whole(kind, drop_path_rate=0.1, drop_rate=0.1)
     if kind == "checkpointing":
         model.set_grad_checkpointing()
     model.train(training)
@@ -123,9 +130,7 @@ DYNAMIC = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
 
 @pytest.mark.parametrize("kind", ["ours", "timm"])
 def test_export(kind):
-    model = make().eval()
-    if kind == "timm":
-        model = patch(pytest.importorskip("timm").create_model("test_mambaout", num_classes=3)).eval()
+    model = make_whole(kind).eval()
     fused = torch.export.export(model, (images(),), dynamic_shapes=DYNAMIC)
     assert "mambaout_kernels.gated_dwconv.default" in operators(fused)
     with plain_aten():
@@ -151,9 +156,7 @@ def test_aotinductor(tmp_path):
 def test_onnx(kind, tmp_path):
     runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    model = make().eval()
-    if kind == "timm":
-        model = patch(pytest.importorskip("timm").create_model("test_mambaout", num_classes=3)).eval()
+    model = make_whole(kind).eval()
     keys = list(model.state_dict())
     to_onnx(model, tmp_path / "model.onnx", images())
     assert list(model.state_dict()) == keys

@@ -218,6 +218,12 @@ def configure(folder, path=None, cuda="ON", **environment):
     return subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What CMake has found out about the compilers serves both lists of architectures."""
+    return tmp_path_factory.mktemp("architectures")
+
+
 def architectures(folder, wanted):
     """What CMake tells nvcc to build for under this TORCH_CUDA_ARCH_LIST."""
     done = configure(folder, TORCH_CUDA_ARCH_LIST=wanted)
@@ -240,13 +246,13 @@ def test_without_nvcc_the_module_is_left_out(tmp_path):
 
 
 @needs_nvcc
-def test_the_list_of_architectures_is_honoured(tmp_path):
-    assert architectures(tmp_path, "8.6 9.0+PTX") == ["compute_90", "sm_86", "sm_90"]
+def test_the_list_of_architectures_is_honoured(folder):
+    assert architectures(folder, "8.6 9.0+PTX") == ["compute_90", "sm_86", "sm_90"]
 
 
 @needs_nvcc
-def test_a_bad_list_of_architectures_is_an_error(tmp_path):
-    assert "entries must look like 9.0, 9.0a or 9.0+PTX; got 'Hopper'" in architectures(tmp_path, "Hopper")
+def test_a_bad_list_of_architectures_is_an_error(folder):
+    assert "entries must look like 9.0, 9.0a or 9.0+PTX; got 'Hopper'" in architectures(folder, "Hopper")
 
 
 LOADS = """
