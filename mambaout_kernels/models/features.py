@@ -23,7 +23,10 @@ class Stages(nn.Module):
     grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's inner tensors are computed again in backward instead of being kept."""
+        """Whether a block's inner tensors are computed again in backward instead of being kept.
+
+        Blocks with `recompute` do that themselves, once, whatever is set here.
+        """
         self.grad_checkpointing = enable
 
     def run_stage(self, stage: int, x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +36,7 @@ class Stages(nn.Module):
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return blocks(x)
         for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False)
+            x = block(x) if getattr(block, "recompute", False) else checkpoint(block, x, use_reentrant=False)
         return x
 
     def check_images(self, x: torch.Tensor) -> None:

@@ -77,6 +77,7 @@ class MambaOut(Stages):
         head_fn: "default" (with a norm after the head's activation) or "norm_mlp" (without).
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         drop_rate: dropout before the last linear.
+        recompute: of every FusedGatedCNNBlock: in training each keeps its input alone, and computes again in backward.
 
     Raises:
         TypeError: an unknown argument. ValueError: an argument out of range, or an input of the wrong shape.
@@ -104,6 +105,7 @@ class MambaOut(Stages):
         downsample: str = Variant.downsample,
         head_fn: str = Variant.head_fn,
         causal: bool = False,
+        recompute: bool = False,
         **unknown: Any,
     ):
         super().__init__()
@@ -152,6 +154,7 @@ class MambaOut(Stages):
             act_layer=act_layer,
             ls_init_value=ls_init_value,
             causal=causal,
+            recompute=recompute,
         )
         self.stages = nn.ModuleList(
             nn.Sequential(*(block(dim, drop_path=next(drop_paths)) for _ in range(depth)))
@@ -163,7 +166,10 @@ class MambaOut(Stages):
         self.apply(_init_weights)
 
     def architecture(self) -> dict[str, Any] | None:
-        """Arguments that make a MambaOut of this architecture; None if it has modules of the caller's making."""
+        """Arguments that make a MambaOut of this architecture; None if it has modules of the caller's making.
+
+        Without `recompute`, which changes no result.
+        """
         if not self._buildable:
             return None
         sizes = {"in_chans": self.in_chans, "num_classes": self.num_classes, "depths": self.depths, "dims": self.dims}

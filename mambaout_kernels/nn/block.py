@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..backends.checks import MAX_KERNEL_SIZE
 from ..ops import gated_dwconv
@@ -63,6 +64,9 @@ class FusedGatedCNNBlock(nn.Module):
         drop_path: probability in [0, 1) of dropping the branch of a sample in training.
         ls_init_value: initial layer scale (`ls.gamma`); None for no layer scale.
         causal: every pixel sees only those before it (causal.py); for the paper's ablation, not for its models.
+        recompute: in training, keep only x for backward and compute the branch again there, to the same bits: `dim`
+            numbers of a pixel instead of `dim + 3 * hidden + 2`. Also an attribute, to be set at any time, of patched
+            blocks too.
 
     Raises:
         TypeError: an unknown argument, or one of the wrong type.
@@ -75,6 +79,8 @@ class FusedGatedCNNBlock(nn.Module):
     call: for inference with packed weights, see `optimize_for_inference`.
     """
 
+    recompute = False  # of patched blocks, which __init__ does not make
+
     def __init__(
         self,
         dim: int,
@@ -86,6 +92,7 @@ class FusedGatedCNNBlock(nn.Module):
         drop_path: float = 0.0,
         ls_init_value: float | None = None,
         causal: bool = False,
+        recompute: bool = False,
         **unknown: Any,
     ):
         super().__init__()
@@ -96,6 +103,7 @@ class FusedGatedCNNBlock(nn.Module):
             raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
 
         self.dim = dim
+        self.recompute = recompute
         self.split_indices = (hidden, hidden - conv_channels, conv_channels)
         self.norm = _checked_module("norm_layer", norm_layer(dim))
         self.fc1: nn.Module = nn.Linear(dim, 2 * hidden)
@@ -149,10 +157,17 @@ class FusedGatedCNNBlock(nn.Module):
             raise ValueError(
                 f"x must be (N, H, W, {self.dim}), channels last, floating point; got {tuple(x.shape)} of {x.dtype}"
             )
+        if self.recompute and self.training and torch.is_grad_enabled():
+            branch = checkpoint(self._branch, x, use_reentrant=False)
+        else:
+            branch = self._branch(x)
+        return self.drop_path(branch) + x
+
+    def _branch(self, x: torch.Tensor) -> torch.Tensor:
         fc1, fc2, zeros = aligned(self, x)
         u = norm_linear(self.norm, fc1, x)
         y = self._gated_dwconv(u, zeros)
-        return self.drop_path(self.ls(linear(fc2, y))) + x
+        return self.ls(linear(fc2, y))
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
@@ -163,7 +178,8 @@ class FusedGatedCNNBlock(nn.Module):
 
     def extra_repr(self) -> str:
         hidden, _, conv_channels = self.split_indices
-        return f"dim={self.dim}, hidden={hidden}, conv_channels={conv_channels}, fused={self.unfused_reason() is None}"
+        text = f"dim={self.dim}, hidden={hidden}, conv_channels={conv_channels}, fused={self.unfused_reason() is None}"
+        return f"{text}, recompute=True" if self.recompute else text
 
 
 def _checked_widths(dim: int, expansion_ratio: float, conv_ratio: float) -> tuple[int, int]:
