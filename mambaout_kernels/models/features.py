@@ -25,7 +25,7 @@ class Stages(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether a block's inner tensors are computed again in backward instead of being kept.
 
-        Blocks with `recompute` do that themselves, once, whatever is set here.
+        In training, blocks with `recompute` do that themselves, once, whatever is set here.
         """
         self.grad_checkpointing = enable
 
@@ -36,7 +36,8 @@ class Stages(nn.Module):
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return blocks(x)
         for block in blocks:
-            x = block(x) if getattr(block, "recompute", False) else checkpoint(block, x, use_reentrant=False)
+            own = block.training and getattr(block, "recompute", False)
+            x = block(x) if own else checkpoint(block, x, use_reentrant=False)
         return x
 
     def check_images(self, x: torch.Tensor) -> None:

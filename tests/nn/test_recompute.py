@@ -213,6 +213,13 @@ def test_a_model_with_checkpointing_too_recomputes_once(op_calls):
     assert counts == [6, 12, 12, 12]
 
 
+def test_checkpointing_in_evaluation_is_not_lost(op_calls):
+    model = create_model("test_mambaout", num_classes=3, recompute=True).eval()
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(op_calls) == 12
+
+
 def test_wrapped_in_checkpoint_as_well():
     from torch.utils.checkpoint import checkpoint
 
