@@ -168,6 +168,16 @@ def behaviour(settings: Settings, backend: str) -> Found:
     yield from gpu_behaviour.examine("cpu" if settings.dry else backend, settings.device)
 
 
+def split_block(settings: Settings) -> Found:
+    """The block in inference, whose kernels are Triton's."""
+    if settings.dry:
+        yield "left_out", {"text": "split block: a dry run; make test has it in Triton's interpreter"}
+        return
+    import gpu_split_block
+
+    yield from gpu_split_block.examine(settings.device)
+
+
 def tests(settings: Settings) -> Found:
     """Those of `make test` that only a GPU can run."""
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("precision", "complaints")]
@@ -295,9 +305,9 @@ def counters(settings: Settings) -> Found:
             yield "counters", {"stage": stage, **kernel}
 
 
-INFERENCE = ("fused", "compile-fused", "eager", "naive", "timm", "timm-channels-last", "timm-compile")
+INFERENCE = ("fused", "modules", "compile-fused", "eager", "naive", "timm", "timm-channels-last", "timm-compile")
 TRAINING = ("fused", "compile-fused", "eager", "timm", "timm-compile")
-BLOCK = ("fused", "cuda", "triton", "compile-fused", "eager", "naive", "compile")
+BLOCK = ("fused", "modules", "cuda", "triton", "compile-fused", "eager", "naive", "compile")
 
 
 def model(settings: Settings, dtype: str, variant: str, autocast: bool) -> Found:
@@ -325,6 +335,7 @@ SECTIONS: dict[str, Section] = {
     },
     "behaviour-cuda": Section(partial(behaviour, backend="cuda"), 120),
     "behaviour-triton": Section(partial(behaviour, backend="triton"), 180, True),
+    "split-block": Section(split_block, 240),
     "tests": Section(tests, 120, True),
     **{tool: Section(partial(sanitize, tool=tool), 120) for tool in SANITIZERS},
     "bandwidth": Section(bandwidth, 30),
@@ -342,6 +353,10 @@ SECTIONS: dict[str, Section] = {
     "counters": Section(counters, 150),
     "depthwise": Section(depthwise, 60),
     "block": Section(partial(times, subject="block", dtype="bf16", contenders=BLOCK), 200),
+    "block-base": Section(partial(times, subject="block", dtype="bf16", contenders=BLOCK, variant=BASE), 200),
+    "block-inference": Section(
+        partial(times, subject="block", dtype="bf16", contenders=("fused", "modules", "compile"), modes=("fwd",)), 90
+    ),
     **{
         f"model-{variant.removeprefix('mambaout_')}-{'amp' if autocast else dtype}": Section(
             partial(model, dtype=dtype, variant=variant, autocast=autocast), 240
@@ -354,9 +369,11 @@ SECTIONS: dict[str, Section] = {
 }
 PLANS: dict[str, tuple[str, ...]] = {
     "A": ("facts", "build", "check-triton-bf16", "check-triton-fp32", "check-triton-fp16", "check-cuda-bf16",
-          "check-cuda-fp32", "behaviour-cuda", "check-cuda-fp16", *SANITIZERS, "behaviour-triton", "tests"),
+          "split-block", "check-cuda-fp32", "behaviour-cuda", "check-cuda-fp16", *SANITIZERS, "behaviour-triton",
+          "tests"),
     "B": ("facts", "build", "bandwidth", "op-bf16", "counters", "op-fp32", "op-1", "op-base", "op-64", "op-autotune",
           "op-fp16", "depthwise"),
-    "C": ("facts", "build", "bandwidth", "model-tiny-amp", "model-base-amp", "model-tiny-bf16", "block",
-          "model-small-batch", "memory", "model-base-bf16", "model-tiny-fp32", "model-base-fp32"),
+    "C": ("facts", "build", "bandwidth", "block-inference", "model-tiny-bf16", "model-tiny-amp", "model-base-amp",
+          "block", "block-base", "model-small-batch", "memory", "model-base-bf16", "model-tiny-fp32",
+          "model-base-fp32"),
 }  # fmt: skip

@@ -18,7 +18,10 @@ def add_to(commands: Any) -> None:
     )
     command.add_argument("--backend", type=comma_list(str), metavar="NAME,..", help="triton,cuda; default: those here")
     command.add_argument("--target", type=comma_list(str), metavar="ARCH,..", help="sm_90,gfx942; default: all")
-    command.add_argument("--kernel", type=comma_list(str), metavar="NAME,..", help="forward,..; default: all")
+    command.add_argument(
+        "--kernel", type=comma_list(str), metavar="NAME,..",
+        help="forward,..; default: the op's; norm_linear,depthwise,gated_mlp,layer_norm,gated_linear: of whole blocks",
+    )  # fmt: skip
     command.add_argument("--dtype", type=comma_list(str), metavar="NAME,..", help="bfloat16,..; default: all")
     command.add_argument("--variant", default="mambaout_tiny", help="whose stages are predicted; default: %(default)s")
     command.add_argument("--batch", type=positive, default=128, help="default: %(default)s")
@@ -56,7 +59,7 @@ def _compiled(args: argparse.Namespace, targets: tuple[str, ...], dtypes: tuple[
 
 def run(args: argparse.Namespace) -> int:
     require("triton", "triton", "cli", "audit")
-    from ..audit import report, triton
+    from ..audit import block_report, report, triton, triton_block
     from ..backends.triton_kernels import tiles
     from ..benchmarking import shapes
     from ..reference import ACTIVATIONS
@@ -64,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if args.variant not in shapes.variants():
         raise UsageError(f"--variant must be one of {', '.join(shapes.variants())}; got {args.variant!r}")
     chosen = _chosen("--backend", args.backend, ("triton", "cuda"))
-    kernels = _chosen("--kernel", args.kernel, (*tiles.KERNELS, "backward"))
+    of_op = (*tiles.KERNELS, "backward")
+    kernels = _chosen("--kernel", args.kernel or list(of_op), (*of_op, *triton_block.KERNELS))
     targets = _chosen("--target", args.target, triton.TARGETS)
     dtypes = _chosen("--dtype", args.dtype, tuple(triton.DTYPES))
     todo = [
@@ -72,8 +76,10 @@ def run(args: argparse.Namespace) -> int:
         for c in triton.configurations(targets, (3, 5, 7) if args.all else (7,), ACTIVATIONS if args.all else ("gelu",))
         if "triton" in chosen and c.kernel in kernels and c.dtype in dtypes
     ]
-    entries = []
-    with progress(len(todo)) as announce:
+    split = triton_block.configurations(targets, dtypes, args.variant, kernels) if "triton" in chosen else []
+    entries: list[Any] = []
+    blocks: list[Any] = []
+    with progress(len(todo) + len(split)) as announce:
         for c in todo:
             announce(f"{c.target} {c.kernel} {c.dtype} {c.K}x{c.K} {c.act}")
             programs = c.tile.programs
@@ -81,19 +87,28 @@ def run(args: argparse.Namespace) -> int:
                 entries.append(report.entry(triton.compile_ahead(c), args.variant, args.batch, programs))
             except (RuntimeError, FileNotFoundError) as error:
                 raise UsageError(str(error)) from None
+        for kernel in split:
+            announce(f"{kernel.target} {kernel.name} {kernel.dtype} {kernel.dim}")
+            blocks.append(triton_block.compile_ahead(kernel))
     if "cuda" in chosen:
         entries += [e for e in _compiled(args, targets, dtypes) if e.row.kernel.name in kernels]
     if args.json:
-        print(json.dumps([e.as_dict() for e in entries], indent=1))
-        return 1 if any(e.failures for e in entries) else 0
+        of_blocks = [block_report.as_dict(b, args.variant, args.batch) for b in blocks]
+        print(json.dumps([*(e.as_dict() for e in entries), *of_blocks], indent=1))
+        return 1 if any(found.failures for found in (*entries, *blocks)) else 0
     title = f"Predicted, not measured: {args.variant}, batch {args.batch}"
     tables = (
         ("As compiled", report.HEADINGS, report.lines(entries)),
         (title, report.STAGE_HEADINGS, report.stage_lines(entries)),
+        (
+            f"The block in inference. {title}",
+            block_report.HEADINGS,
+            block_report.lines(blocks, args.variant, args.batch),
+        ),
     )
     for table in tables:
         if args.markdown:
             print(report.markdown(*table))
         else:
             show_table(*table)
-    return 1 if any(e.failures for e in entries) else 0
+    return 1 if any(found.failures for found in (*entries, *blocks)) else 0

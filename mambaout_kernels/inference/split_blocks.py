@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..backends import triton
+from ..backends import cuda, triton
 from ..nn.alignment import padding, spread, with_zeros
 from ..nn.eligibility import GatedCNNBlock, activation_name, gated_cnn_block_reason, layer_scale_of
-from ..ops.split_block import pack_filter, split_gated_cnn_block
+from ..ops.split_block import NARROW, pack_filter, split_gated_cnn_block
 from .parts import refuse_gradients
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +34,9 @@ def split_reason(block: GatedCNNBlock, dtype: torch.dtype, device: torch.device)
     reason = gated_cnn_block_reason(block, dtype, device, _DTYPES)
     if reason is None and block.dim > _WIDEST:
         reason = f"dim is {block.dim}, above {_WIDEST}"
+    if reason is None and block.dim > NARROW and backends.forced() is None and cuda.unavailable() is None:
+        # Predicted from an H100's times of both: 240 us and 254 at 14 x 14 x 384, with three times the launches.
+        reason = f"dim is {block.dim}, above {NARROW}, where the compiled op between cuBLAS's products is as fast"
     if reason is None and dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         # Of tensor cores, which alone make the fused products fast.
         reason = "products in full float32 are cuBLAS's: torch.set_float32_matmul_precision('high') allows TF32"

@@ -1,0 +1,116 @@
+"""Blocks in inference on a GPU (ops/split_block.py): right beside eager and fp64, in graphs and under compile."""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambaout_kernels import backends, optimize_for_inference
+from mambaout_kernels.benchmarking import accuracy, error_bounds
+from mambaout_kernels.benchmarking.inputs import enlivened
+from mambaout_kernels.inference.split_blocks import SplitBlock
+from mambaout_kernels.models import create_model
+from mambaout_kernels.nn.block import FusedGatedCNNBlock
+
+Found = Iterator[tuple[str, dict[str, Any]]]
+# Tiny's and base's widths, femto's, and one of no whole parts; then pixels of one program and less, and of many.
+DIMS = (96, 192, 384, 576, 128, 256, 512, 768, 48, 288, 40)
+MAPS = ((1, 1, 1), (2, 7, 7), (3, 14, 13))
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"ls_init_value": 0.5, "act_layer": nn.SiLU, "conv_ratio": 1.25})
+
+
+def examine(device: str) -> Found:
+    """Every finding a note or a failure; one that raises does not end the others."""
+    checks: list[tuple[str, Callable[[], str | None]]] = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dim in DIMS:
+            name = str(dtype).removeprefix("torch.")
+            checks.append((f"blocks of {dim} channels, {name}", partial(_block, dim, dtype, device)))
+    checks.append(("a map of 56 x 56, batch 64", partial(_large, device)))
+    checks.append(("a whole model", partial(_model, device)))
+    if device == "cuda":
+        checks.append(("CUDA graphs, shape after shape", _graphs))
+        checks.append(("compiled", _compiled))
+    for what, run in checks:
+        try:
+            wrong = run()
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {str(error).strip()[-500:]}"
+        yield (
+            ("note", {"text": f"split block, {what}: right"})
+            if wrong is None
+            else (
+                "fail",
+                {"text": f"split block, {what}: {wrong}"},
+            )
+        )
+
+
+def _compared(block: Any, x: Tensor) -> list[accuracy.Comparison]:
+    with torch.no_grad():
+        actual = SplitBlock(block, x.dtype)(x)
+        with backends.force("reference"):
+            eager, exact = block(x), copy.deepcopy(block).double()(x.double())
+        return [accuracy.compare("y", actual, eager, exact, error_bounds.of_block(block, x)["y"])]
+
+
+def _wrong(found: list[accuracy.Comparison]) -> str | None:
+    return "; ".join(str(one) for one in found if not one.passed) or None
+
+
+def _input(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+def _block(dim: int, dtype: torch.dtype, device: str) -> str | None:
+    """float32 at full precision: products of TF32 are beyond the bounds of float32."""
+    found = []
+    for options in OPTIONS:
+        block = enlivened(FusedGatedCNNBlock(dim, **options)).to(device, dtype).eval()
+        for size in MAPS:
+            found += _compared(block, _input((*size, dim), dtype, device))
+    return _wrong(found)
+
+
+def _large(device: str) -> str | None:
+    """Its last image against the image alone, which takes other programs."""
+    block = SplitBlock(enlivened(FusedGatedCNNBlock(96)).to(device, torch.bfloat16).eval(), torch.bfloat16)
+    x = _input((64, 56, 56, 96), torch.bfloat16, device)
+    with torch.no_grad():
+        return None if torch.equal(block(x)[-1:], block(x[-1:])) else "the last image differs"
+
+
+def _images(batch: int, device: str) -> Tensor:
+    return _input((batch, 3, 64, 64), torch.bfloat16, device)
+
+
+def _model(device: str) -> str | None:
+    model = enlivened(create_model("mambaout_femto")).to(device, torch.bfloat16).eval()
+    images = _images(8, device)
+    with torch.no_grad():
+        actual = optimize_for_inference(model)(images)
+        with backends.force("reference"):
+            eager, exact = model(images), copy.deepcopy(model).double()(images.double())
+    return _wrong([accuracy.compare("logits", actual, eager, exact)])
+
+
+def _graphs() -> str | None:
+    model = enlivened(create_model("mambaout_femto")).to("cuda", torch.bfloat16).eval()
+    plain, graphed = optimize_for_inference(model), optimize_for_inference(model, cuda_graphs=True)
+    for batch in (1, 4, 1, 4):
+        images = torch.randn(batch, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+        if not torch.equal(plain(images), graphed(images)):
+            return f"other logits at batch {batch}"
+    return None
+
+
+def _compiled() -> str | None:
+    fast = optimize_for_inference(enlivened(create_model("mambaout_femto")).to("cuda", torch.bfloat16).eval())
+    images = _images(2, "cuda")
+    compiled = torch.compile(fast, fullgraph=True)
+    expected, actual = fast(images).float(), compiled(images).float()
+    off = float((actual - expected).abs().max() / expected.abs().max())
+    return None if off < 0.05 else f"{off:.3f} of the largest logit off"
