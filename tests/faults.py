@@ -18,6 +18,9 @@ class FaultySource:
         return self.file.startswith("csrc/")
 
 
+_BLOCK = "mambaout_kernels/backends/triton_kernels/block.py"
+_SPLIT = "tests/triton_interpreter/test_split_block.py -k"
+
 FAULTS = [
     FaultySource("mambaout_kernels/ops/gated_dwconv.py", "ctx.save_for_backward(*tensors)",
                  "tensors[0].detach().mul_(1.5); ctx.save_for_backward(*tensors)",
@@ -98,6 +101,37 @@ FAULTS = [
                  "tests/nn/test_recompute.py -k recomputes_once"),
     FaultySource("mambaout_kernels/models/features.py", "own = block.training and", "own =",
                  "tests/nn/test_recompute.py -k checkpointing_in_evaluation"),
+    # The block in inference on a GPU, in Triton's interpreter.
+    FaultySource(_BLOCK, "if K0 + K1 > DIM:\n            x1", "if False:\n            x1", f"{_SPLIT} 'padded and float32'"),
+    FaultySource(_BLOCK, "tl.rsqrt(square / DIM + eps)", "tl.rsqrt(square / DIM)", f"{_SPLIT} small_variances"),
+    FaultySource(_BLOCK, "return sums + _load_vector(b_ptr, n, present)[None, :]", "return sums",
+                 f"{_SPLIT} 'narrow and power'"),
+    FaultySource(_BLOCK, "w2_ptr + IDENTITY, d, d < C, sums0", "w2_ptr, d, d < C, sums0",
+                 f"{_SPLIT} 'narrow and 96 and float32'"),
+    FaultySource(_BLOCK, "w2_ptr + IDENTITY, d, d < C, sums1", "w2_ptr + IDENTITY, d, d < D, sums1",
+                 f"{_SPLIT} nothing_beyond"),
+    FaultySource(_BLOCK, "    s_ptr += first_row * C\n    out_ptr", "    out_ptr", f"{_SPLIT} 'narrow and several'"),
+    FaultySource(_BLOCK, "    if SCALED:", "    if False:", f"{_SPLIT} 'padded and float32'"),
+    FaultySource(_BLOCK, "taps_ptr + K * K * padded_C", "taps_ptr + (K * K - 1) * padded_C", f"{_SPLIT} depthwise"),
+    FaultySource(_BLOCK, "        d += IDENTITY\n", "", f"{_SPLIT} 'wide and whole and float32'"),
+    FaultySource(_BLOCK, "w1_ptr + D * DIM, d, inside, k", "w1_ptr + IDENTITY * DIM, d, inside, k",
+                 f"{_SPLIT} 'wide and whole and float32'"),
+    FaultySource("mambaout_kernels/inference/split_blocks.py",
+                 "(\"fc2_weight\", spread(fc2.weight, parts, zeros.t(), dim=1))",
+                 "(\"fc2_weight\", spread(fc2.weight, parts[::-1], zeros.t(), dim=1))",
+                 f"{_SPLIT} 'odd and conv'"),
+    FaultySource("mambaout_kernels/inference/split_blocks.py", "torch.get_float32_matmul_precision() == \"highest\"",
+                 "False", f"{_SPLIT} full_float32"),
+    FaultySource("mambaout_kernels/ops/split_block.py", "if c.stride(1) > _LONGEST_ROW:", "if False:",
+                 f"{_SPLIT} too_wide"),
+    FaultySource("mambaout_kernels/inference/cuda_graphs.py", "held.y.clone()", "held.y",
+                 "tests/inference/test_cuda_graphs.py -k written_over"),
+    FaultySource("mambaout_kernels/inference/cuda_graphs.py", "            held.x.copy_(x)\n", "",
+                 "tests/inference/test_cuda_graphs.py -k shape_and_dtype"),
+    FaultySource("mambaout_kernels/inference/cuda_graphs.py", "with held.lock, torch", "with torch",
+                 "tests/inference/test_cuda_graphs.py -k threads"),
+    FaultySource("mambaout_kernels/inference/model.py", "{**self.__dict__, \"_graphs\": self._graphs is not None}",
+                 "self.__dict__", "tests/inference/test_cuda_graphs.py -k copies"),
     FaultySource("mambaout_kernels/inference/optimize.py",
                  "in sequence._modules.items():", "in sequence.named_children():",
                  "tests/inference/test_optimize.py -k blocks_in_a_row"),

@@ -114,6 +114,30 @@ def test_the_norm_where_the_mean_is_large(dtype):
     check_split(make(48, dtype, kernel_size=3), pixels(1, 3, 3, 48, dtype=dtype, offset=40.0))
 
 
+@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+def test_the_norm_of_small_variances(narrow, monkeypatch):
+    """eps is then a part of them."""
+    monkeypatch.setattr(split_block, "NARROW", 1024 if narrow else 0)
+    check_split(make(48, kernel_size=3), 1e-3 * pixels(1, 3, 3, 48))
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+def test_nothing_beyond_a_tensor_is_read(narrow, monkeypatch):
+    """Whatever is multiplied by zero must be in memory that is ours: NaN lies around."""
+    monkeypatch.setattr(split_block, "NARROW", 1024 if narrow else 0)
+    block, x = SplitBlock(make(20, kernel_size=3, ls_init_value=0.5), torch.float32), pixels(1, 3, 3, 20)
+    expected = block(x)
+
+    def among_nan(t):
+        around = t.new_full((t.numel() + 8192,), float("nan"))
+        around[4096 : 4096 + t.numel()] = t.flatten()
+        return around[4096 : 4096 + t.numel()].view(t.shape)
+
+    for name, buffer in list(block.named_buffers()):
+        setattr(block, name, among_nan(buffer))
+    assert torch.equal(block(among_nan(x)), expected)
+
+
 @pytest.mark.parametrize("missing", ["fc1.bias", "fc2.bias", "norm.bias", "norm.weight and bias"])
 def test_parameters_that_are_not_there(missing):
     block = make(24, kernel_size=3)
