@@ -102,7 +102,8 @@ FAULTS = [
     FaultySource("mambaout_kernels/models/features.py", "own = block.training and", "own =",
                  "tests/nn/test_recompute.py -k checkpointing_in_evaluation"),
     # The block in inference on a GPU, in Triton's interpreter.
-    FaultySource(_BLOCK, "if K0 + K1 > DIM:\n            x1", "if False:\n            x1", f"{_SPLIT} 'padded and float32'"),
+    FaultySource(_BLOCK, "if K0 + K1 > DIM:\n            x1", "if False:\n            x1",
+                 f"{_SPLIT} 'padded and float32'"),
     FaultySource(_BLOCK, "tl.rsqrt(square / DIM + eps)", "tl.rsqrt(square / DIM)", f"{_SPLIT} small_variances"),
     FaultySource(_BLOCK, "return sums + _load_vector(b_ptr, n, present)[None, :]", "return sums",
                  f"{_SPLIT} 'narrow and power'"),
