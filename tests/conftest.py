@@ -23,7 +23,8 @@ ISAS = [] if cpu.module is None else cpu.module.supported_cpu_capabilities()
 # make test-fast.
 SLOW = (
     "test_beyond_int32", "test_build", "test_compilers", "test_complaints", "test_concurrency", "test_cpu_launch",
-    "test_cuda_binding", "test_cuda_build", "test_cuda_host", "test_distributed", "test_docs", "test_examples",
+    "test_cuda_binding", "test_cuda_build", "test_cuda_depthwise", "test_cuda_depthwise_binding",
+    "test_cuda_depthwise_build", "test_cuda_host", "test_distributed", "test_docs", "test_examples",
     "test_fallback_install", "test_generated", "test_gpu_acceptance", "test_peers", "test_timm",
     "test_triton_variants", "test_wheel",
     "test_aotinductor", "test_bench_block_measures_memory", "test_bench_model_on_photographs",

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "backward_tiling.h"
+#include "depthwise.h"
 #include "gated_dwconv_cuda.h"
 #include "typed_launch.h"
 
@@ -53,6 +54,30 @@ LaunchPlan forward_plan(const GatedDwconvShape& shape, const Device& device) {
 LaunchPlan backward_plan(const GatedDwconvShape& shape) {
   if (empty(shape)) return {};
   return with_dtype(shape.dtype, [&](auto dtype) { return backward_plan_as<dtype.value>(shape); });
+}
+
+bool supported(const DepthwiseShape& shape) {
+  return shape.dtype != DType::kFloat64 && shape.K == kDepthwiseKernelSize && shape.C <= kMostChannels &&
+         shape.N * shape.H * shape.W <= kMostPixels && shape.W * shape.C < std::int64_t{1} << 31;
+}
+
+bool aligned(const DepthwiseShape& shape, const void* x, std::int64_t x_spacing) {
+  const std::int64_t element = shape.dtype == DType::kFloat32 ? 4 : 2;
+  return shape.C * element % 16 == 0 && x_spacing * element % 16 == 0 && reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
+}
+
+namespace {
+bool empty(const DepthwiseShape& shape) { return shape.N == 0 || shape.H == 0 || shape.W == 0 || shape.C == 0; }
+}  // namespace
+
+void depthwise(const Depthwise& call, const Device& device, void* stream) {
+  if (empty(call.shape)) return;
+  with_dtype(call.shape.dtype, [&](auto dtype) { depthwise_as<dtype.value>(call, device, stream); });
+}
+
+LaunchPlan depthwise_plan(const DepthwiseShape& shape, const Device& device) {
+  if (empty(shape)) return {};
+  return with_dtype(shape.dtype, [&](auto dtype) { return depthwise_plan_as<dtype.value>(shape, device); });
 }
 
 }  // namespace mambaout_kernels::cuda

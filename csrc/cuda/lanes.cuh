@@ -119,6 +119,10 @@ __device__ __forceinline__ void Lanes<2>::store(T* to) const {
 
 __device__ __forceinline__ Lanes<1> fma(Lanes<1> a, Lanes<1> b, Lanes<1> c) { return {__fmaf_rn(a.x, b.x, c.x)}; }
 __device__ __forceinline__ Lanes<2> fma(Lanes<2> a, Lanes<2> b, Lanes<2> c) { return {fma_pair(a.x, b.x, c.x)}; }
+__device__ __forceinline__ Lanes<1> operator+(Lanes<1> a, Lanes<1> b) { return {a.x + b.x}; }
+__device__ __forceinline__ Lanes<2> operator+(Lanes<2> a, Lanes<2> b) {
+  return {make_float2(a.x.x + b.x.x, a.x.y + b.x.y)};
+}
 __device__ __forceinline__ Lanes<1> operator*(Lanes<1> a, Lanes<1> b) { return {a.x * b.x}; }
 __device__ __forceinline__ Lanes<2> operator*(Lanes<2> a, Lanes<2> b) {
   return {make_float2(a.x.x * b.x.x, a.x.y * b.x.y)};

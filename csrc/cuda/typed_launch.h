@@ -1,7 +1,8 @@
-// One element type per translation unit, so that they compile side by side: forward.cu and backward.cu are built once
-// for each, with MAMBAOUT_DTYPE set.
+// One element type per translation unit, so that they compile side by side: forward.cu, backward.cu and depthwise.cu
+// are built once for each, with MAMBAOUT_DTYPE set.
 #pragma once
 
+#include "depthwise.h"
 #include "gated_dwconv_cuda.h"
 
 namespace mambaout_kernels::cuda {
@@ -14,5 +15,9 @@ template <DType dtype>
 LaunchPlan backward_plan_as(const GatedDwconvShape& shape);
 template <DType dtype>
 void backward_as(const GatedDwconvBackward& args, void* workspace, void* stream);
+template <DType dtype>
+void depthwise_as(const Depthwise& call, const Device& device, void* stream);
+template <DType dtype>
+LaunchPlan depthwise_plan_as(const DepthwiseShape& shape, const Device& device);
 
 }  // namespace mambaout_kernels::cuda

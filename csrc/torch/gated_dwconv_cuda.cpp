@@ -1,5 +1,5 @@
-// The op on CUDA, as the module _C_cuda. libtorch's stable ABI only, and no symbol of libtorch_cuda: it loads under any
-// torch >= 2.10, with CUDA or without, with a GPU or without.
+// The op on CUDA, and the depthwise convolution alone, as the module _C_cuda. libtorch's stable ABI only, and no symbol
+// of libtorch_cuda: it loads under any torch >= 2.10, with CUDA or without, with a GPU or without.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
@@ -7,8 +7,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
+#include <string>
 #include <tuple>
 
+#include "../cuda/depthwise.h"
 #include "../cuda/gated_dwconv_cuda.h"
 #include "gated_dwconv_checks.h"
 
@@ -126,6 +128,81 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
   return {du, dweight, dbias};
 }
 
+const char* name_of(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "float64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+std::string sizes_of(const Tensor& tensor) {
+  std::string listed;
+  for (std::int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    listed += (dim == 0 ? "" : ", ") + std::to_string(tensor.size(dim));
+  }
+  return "(" + listed + ")";
+}
+
+void check_parameter_of_x(const Tensor& tensor, const Tensor& x, DType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
+                  " must be on the CUDA device of x, ", x.get_device_index(), "; got ",
+                  tensor.is_cuda() ? std::to_string(tensor.get_device_index()) : "another kind of device");
+  const DType own = dtype_of(tensor, name);
+  STD_TORCH_CHECK(own == dtype || own == DType::kFloat32, name, " must be float32 or have the dtype of x, ",
+                  name_of(dtype), "; got ", name_of(own));
+}
+
+cuda::DepthwiseShape checked_depthwise(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  constexpr int K = cuda::kDepthwiseKernelSize;
+  STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+  STD_TORCH_CHECK(x.dim() == 4, "x must be (N, H, W, C); got ", sizes_of(x));
+  const DType dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(dtype != DType::kFloat64, "x must be float32, bfloat16 or float16 on CUDA; got float64");
+  check_parameter_of_x(weight, x, dtype, "weight");
+  check_parameter_of_x(bias, x, dtype, "bias");
+  const std::int64_t C = x.size(3);
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 && weight.size(2) == K && weight.size(3) == K,
+      "weight must be (C, 1, ", K, ", ", K, ") for the ", C, " channels of x; got ", sizes_of(weight));
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == C, "bias must be (C,) for the ", C, " channels of x; got ",
+                  sizes_of(bias));
+  const cuda::DepthwiseShape shape{
+      x.size(0), x.size(1), x.size(2), C, K, dtype, dtype_of(weight, "weight"), dtype_of(bias, "bias")};
+  STD_TORCH_CHECK(cuda::supported(shape), "x must have at most ", cuda::kMostChannels, " channels, ", cuda::kMostPixels,
+                  " pixels, and fewer than 2^31 values in a row of pixels; got ", sizes_of(x));
+  return shape;
+}
+
+// Only what the kernel can read as it lies: a copy would cost as much as the convolution.
+std::int64_t checked_spacing(const Tensor& x, const cuda::DepthwiseShape& shape) {
+  STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, "x must have its channels side by side; got a stride of ",
+                  x.stride(3));
+  const std::int64_t spacing = pixel_spacing(x);
+  STD_TORCH_CHECK(spacing >= 0 && spacing <= cuda::kMostSpacing, "x must have its pixels evenly spaced, at most ",
+                  cuda::kMostSpacing, " elements apart; got strides ", x.stride(0), ", ", x.stride(1), ", ",
+                  x.stride(2));
+  const void* const data = x.const_data_ptr();
+  STD_TORCH_CHECK(cuda::aligned(shape, data, spacing),
+                  "x must have pixels that begin and end at multiples of 16 bytes; got ", shape.C, " channels, ",
+                  spacing, " elements from pixel to pixel, of ", x.element_size(), " bytes, the first at ",
+                  reinterpret_cast<std::uintptr_t>(data) % 16, " bytes beyond such a multiple");
+  return spacing;
+}
+
+Tensor depthwise(Tensor x, Tensor weight, Tensor bias) {
+  const cuda::DepthwiseShape shape = checked_depthwise(x, weight, bias);
+  const bool empty = x.numel() == 0;
+  const std::int64_t spacing = empty ? 0 : checked_spacing(x, shape);
+  const std::int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  weight = dense(weight);
+  bias = dense(bias);
+  Tensor s = torch::stable::new_empty(x, {shape.N, shape.H, shape.W, shape.C});
+  if (empty) return s;
+  const cuda::Depthwise call{
+      shape, x.const_data_ptr(), spacing, weight.const_data_ptr(), bias.const_data_ptr(), s.mutable_data_ptr()};
+  cuda::depthwise(call, select(device), current_stream(device));
+  return s;
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = MAMBAOUT_CUDA_COMPILER;
@@ -133,6 +210,24 @@ pybind11::dict build_info() {
   info["torch_built_with"] = MAMBAOUT_TORCH_VERSION;
   info["torch_at_least"] = "2.10";
   return info;
+}
+
+pybind11::dict described(const cuda::LaunchPlan& plan) {
+  pybind11::dict result;
+  const cuda::Tiling& t = plan.tiling;
+  result["blocks"] = t.blocks();
+  result["strip"] = plan.strip;
+  result["strips"] = t.strips;
+  result["chunks"] = t.chunks;
+  result["w_tiles"] = t.w_tiles;
+  result["chunk_groups"] = t.chunk_groups;
+  result["segments"] = t.segments;
+  result["segment_rows"] = t.segment_rows;
+  result["images_per_block"] = t.images_per_block;
+  result["threads"] = plan.threads;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["bytes_ahead"] = plan.bytes_ahead;
+  return result;
 }
 
 // {"forward": {...}, "backward": {...}} of a contiguous u in bytes and counts; for the audit.
@@ -144,27 +239,24 @@ pybind11::dict launch_plans(const std::array<std::int64_t, 6>& sizes, int elemen
                          Act::kGelu,      element_bytes == 4 ? DType::kFloat32 : DType::kBFloat16,
                          DType::kFloat32, DType::kFloat32};
   if (!cuda::supported(shape)) throw pybind11::value_error("sizes are beyond what the kernels take");
-  const auto described = [](const cuda::LaunchPlan& plan) {
-    pybind11::dict result;
-    const cuda::Tiling& t = plan.tiling;
-    result["blocks"] = t.blocks();
-    result["strip"] = plan.strip;
-    result["strips"] = t.strips;
-    result["chunks"] = t.chunks;
-    result["w_tiles"] = t.w_tiles;
-    result["chunk_groups"] = t.chunk_groups;
-    result["segments"] = t.segments;
-    result["segment_rows"] = t.segment_rows;
-    result["images_per_block"] = t.images_per_block;
-    result["threads"] = plan.threads;
-    result["shared_bytes"] = plan.shared_bytes;
-    result["bytes_ahead"] = plan.bytes_ahead;
-    return result;
-  };
   pybind11::dict plans;
   plans["forward"] = described(cuda::forward_plan(shape, {multiprocessors, major}));
   plans["backward"] = described(cuda::backward_plan(shape));
   return plans;
+}
+
+pybind11::dict depthwise_plan(const std::array<std::int64_t, 4>& sizes, int element_bytes, int multiprocessors,
+                              int major) {
+  const cuda::DepthwiseShape shape{sizes[0],
+                                   sizes[1],
+                                   sizes[2],
+                                   sizes[3],
+                                   cuda::kDepthwiseKernelSize,
+                                   element_bytes == 4 ? DType::kFloat32 : DType::kBFloat16,
+                                   DType::kFloat32,
+                                   DType::kFloat32};
+  if (!cuda::supported(shape)) throw pybind11::value_error("sizes are beyond what the kernels take");
+  return described(cuda::depthwise_plan(shape, {multiprocessors, major}));
 }
 
 }  // namespace
@@ -175,11 +267,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
   m.def(
       "gated_dwconv_backward_cuda(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, Tensor, "
       "Tensor)");
+  m.def("depthwise_cuda(Tensor x, Tensor weight, Tensor bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CUDA, m) {
   m.impl("gated_dwconv_cuda", TORCH_BOX(&mambaout_kernels::gated_dwconv));
   m.impl("gated_dwconv_backward_cuda", TORCH_BOX(&mambaout_kernels::gated_dwconv_backward));
+  m.impl("depthwise_cuda", TORCH_BOX(&mambaout_kernels::depthwise));
 }
 
 PYBIND11_MODULE(_C_cuda, m) {
@@ -188,4 +282,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("launch_plans", &mambaout_kernels::launch_plans, pybind11::arg("sizes"), pybind11::arg("element_bytes"),
         pybind11::arg("multiprocessors"), pybind11::arg("major"),
         "What a forward and a backward launch with sizes (N, H, W, D, C, K) are made of on a device.");
+  m.def("depthwise_plan", &mambaout_kernels::depthwise_plan, pybind11::arg("sizes"), pybind11::arg("element_bytes"),
+        pybind11::arg("multiprocessors"), pybind11::arg("major"),
+        "What a launch of the depthwise convolution with sizes (N, H, W, C) is made of on a device.");
 }

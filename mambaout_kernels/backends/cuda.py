@@ -12,6 +12,10 @@ from ..reference import ACTIVATIONS
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _ACT_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _MIN_CAPABILITY = (8, 0)
+# Of the depthwise convolution alone: csrc/cuda/depthwise.h and gated_dwconv_cuda.h have the same.
+_DEPTHWISE_KERNEL_SIZE = 7
+_PACKET_BYTES = 16
+_MOST_CHANNELS, _MOST_PIXELS, _MOST_SPACING, _MOST_IN_A_ROW = 2**20, 2**31 - 1024, 2**24, 2**31 - 1
 
 
 @functools.cache
@@ -66,11 +70,15 @@ def _runs_on(device_index: int) -> bool:
 
 
 @functools.cache
-def _ops() -> tuple[Any, Any]:
+def _ops() -> tuple[Any, Any, Any]:
     import mambaout_kernels._C_cuda  # noqa: F401  (registers them; relative, its absence would read as a circular import)
 
     native = torch.ops.mambaout_kernels
-    return native.gated_dwconv_cuda.default, native.gated_dwconv_backward_cuda.default
+    return (
+        native.gated_dwconv_cuda.default,
+        native.gated_dwconv_backward_cuda.default,
+        native.depthwise_cuda.default,
+    )
 
 
 def supports(u: Tensor, weight: Tensor) -> bool:
@@ -88,3 +96,50 @@ def gated_dwconv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(du, dweight, dbias), contiguous, for any strides; the compiled op refuses what it cannot run."""
     return _ops()[1](dy, u, weight, bias, _ACT_CODES[act])
+
+
+def supports_depthwise(x: Tensor, weight: Tensor) -> bool:
+    """Whether `depthwise` takes them: what `supports` asks for, filters of 7 x 7, and pixels that are evenly spaced and
+    begin and end at multiples of 16 bytes, as a slice of channels of a wider tensor may have them."""
+    return supports(x, weight) and _reads_depthwise(x, weight)
+
+
+def _reads_depthwise(x: Tensor, weight: Tensor) -> bool:
+    N, H, W, C = x.shape
+    if weight.shape != (C, 1, _DEPTHWISE_KERNEL_SIZE, _DEPTHWISE_KERNEL_SIZE):
+        return False
+    if weight.dtype not in (x.dtype, torch.float32) or not _fits_depthwise(N, H, W, C):
+        return False
+    if x.numel() == 0:
+        return True
+    spacing, packet = _pixel_spacing(x), _PACKET_BYTES // x.element_size()
+    return (
+        x.stride(3) == 1
+        and 0 <= spacing <= _MOST_SPACING
+        and C % packet == spacing % packet == 0
+        and x.data_ptr() % _PACKET_BYTES == 0
+    )
+
+
+def _fits_depthwise(N: int, H: int, W: int, C: int) -> bool:
+    return C <= _MOST_CHANNELS and N * H * W <= _MOST_PIXELS and W * C <= _MOST_IN_A_ROW
+
+
+def _pixel_spacing(x: Tensor) -> int:
+    """Elements from one pixel to the next where all are evenly spaced; otherwise -1."""
+    spacing, pixels = -1, 1
+    for dim in (2, 1, 0):
+        if x.shape[dim] == 1:
+            continue
+        spacing = x.stride(dim) if spacing < 0 else spacing
+        if x.stride(dim) != pixels * spacing:
+            return -1
+        pixels *= x.shape[dim]
+    return x.shape[3] if spacing < 0 else spacing
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """dwconv(x) + bias (N, H, W, C), contiguous, without gate or identity channels: zero padding, sums in fp32, the
+    bias added last, rounded once. weight (C, 1, 7, 7) and bias (C,) in x's dtype or fp32. The compiled op refuses, with
+    RuntimeError, what `supports_depthwise` says no to; it copies nothing of x."""
+    return _ops()[2](x, weight, bias)

@@ -18,6 +18,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/depthwise.h"
 #include "cuda/gated_dwconv_cuda.h"
 
 namespace {
@@ -232,6 +233,31 @@ void record_backward(const GatedDwconvBackward& call, void* workspace, void* str
   require_new(workspace, backward_workspace_bytes(shape), "the workspace");
   require(number(workspace) % 4 == 0, "the workspace", "is not aligned");
   run_backward(call, workspace, stream);
+}
+
+// Likewise depthwise(const Depthwise&, const Device&, void*).
+void run_depthwise(const Depthwise&, const Device&,
+                   void*) __asm__("__real__ZN16mambaout_kernels4cuda9depthwiseERKNS0_9DepthwiseERKNS0_6DeviceEPv");
+void record_depthwise(const Depthwise&, const Device&,
+                      void*) __asm__("__wrap__ZN16mambaout_kernels4cuda9depthwiseERKNS0_9DepthwiseERKNS0_6DeviceEPv");
+
+void record_depthwise(const Depthwise& call, const Device& device, void* stream) {
+  const DepthwiseShape& shape = call.shape;
+  record("depthwise", {{"x", number(call.x)},
+                       {"x_spacing", call.x_spacing},
+                       {"weight", number(call.weight)},
+                       {"bias", number(call.bias)},
+                       {"s", number(call.s)},
+                       {"multiprocessors", device.multiprocessors},
+                       {"major", device.major},
+                       {"stream", number(stream)}});
+  if (fails("launch")) throw std::runtime_error("gated_dwconv: launch: out of luck");
+  require(supported(shape), "the shape", "is not supported");
+  require(aligned(shape, call.x, call.x_spacing), "x", "is not aligned");
+  require(call.x_spacing >= 0 && call.x_spacing <= kMostSpacing, "x", "is spaced too far");
+  require_new(call.s, shape.N * shape.H * shape.W * shape.C * bytes_of(shape.dtype), "s");
+  require(number(call.s) % 16 == 0, "s", "is not aligned");
+  run_depthwise(call, device, stream);
 }
 
 }  // namespace mambaout_kernels::cuda

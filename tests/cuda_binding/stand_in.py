@@ -20,6 +20,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
+UNITS = ("forward.cu", "backward.cu", "depthwise.cu")
 
 
 def missing() -> str | None:
@@ -52,7 +53,7 @@ def _build() -> Path:
         own = list(pool.map(lambda source: str(host.compiled(source, flags, *headers)), sources))
     replaced = sorted(set(re.findall(r"__wrap_(\w+)", sources[1].read_text())))
     wraps = [f"-Wl,--wrap={name}" for name in replaced]
-    command = ["g++", "-shared", *own, *host.objects(), *wraps, TORCH / "lib" / "libtorch_cpu.so"]
+    command = ["g++", "-shared", *own, *host.objects(units=UNITS), *wraps, TORCH / "lib" / "libtorch_cpu.so"]
     name = hashlib.sha256(" ".join(map(str, command)).encode()).hexdigest()[:24]
     library = host.built() / f"binding-{name}.so"
     if not library.exists():
@@ -71,7 +72,11 @@ class StandIn:
         self._library.stand_in_put.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_int]
         self._library.stand_in_calls.restype = ctypes.c_char_p
         ops = torch.ops.mambaout_kernels_stand_in
-        self.ops = (ops.gated_dwconv_cuda.default, ops.gated_dwconv_backward_cuda.default)
+        self.ops = (
+            ops.gated_dwconv_cuda.default,
+            ops.gated_dwconv_backward_cuda.default,
+            ops.depthwise_cuda.default,
+        )
 
     def begin(
         self, device: int = 0, current: int = 0, runtime: int = 0, streams: int = 0x5000, failing: str = ""

@@ -131,9 +131,10 @@ def build(
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
     units: tuple[str, ...] = ("forward.cu", "backward.cu"),
     kernels: Path = KERNELS / "cuda",
+    caller: str = "program",
 ) -> Path:
     """The program, with the kernels of these dtypes and units only. kernels: the folder of their sources."""
-    linked = objects(check, dtypes, units, kernels, callers=("program",))
+    linked = objects(check, dtypes, units, kernels, callers=(caller,))
     program = built() / f"program-{hashlib.sha256(' '.join(linked).encode()).hexdigest()[:24]}"
     if not program.exists():
         sanitizers = CHECKS["memory"][0] if check == "memory" else ()
@@ -150,18 +151,27 @@ class Fault(AssertionError):
     """The program found something wrong, or did not survive it."""
 
 
-def _bytes(t: Tensor) -> bytes:
+def bytes_of(t: Tensor) -> bytes:
     return t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
-def _spread(t: Tensor, pitch: int) -> bytes:
+def spread(t: Tensor, pitch: int) -> bytes:
     """The pixels of a (N, H, W, channels) tensor `pitch` elements apart, NaN between them."""
     pixels, channels = t.shape[:3].numel(), t.shape[3]
     if pixels == 0:
         return b""
     wide = torch.full((pixels, pitch), torch.nan, dtype=t.dtype)
     wide[:, :channels] = t.reshape(pixels, channels)
-    return _bytes(wide.flatten()[: (pixels - 1) * pitch + channels])
+    return bytes_of(wide.flatten()[: (pixels - 1) * pitch + channels])
+
+
+def output_of(program: Path, stream: bytes) -> bytes:
+    """What the program makes of its input. Fault where it found something wrong."""
+    CALLS[_checks[program]] += 1
+    done = subprocess.run([program], input=stream, capture_output=True)
+    if done.returncode != 0:
+        raise Fault(done.stderr.decode(errors="replace")[:4000] or f"ended with {done.returncode}")
+    return done.stdout
 
 
 def run(
@@ -193,11 +203,8 @@ def run(
         u_pitch, dy_pitch, *offset, *astuple(device), *astuple(schedule), backward,
         images_before, last_blocks, weight_offset,
     )  # fmt: skip
-    stream = call + _spread(u, u_pitch) + _spread(inputs.dy, dy_pitch) + _bytes(weight) + _bytes(bias)
-    CALLS[_checks[program]] += 1
-    done = subprocess.run([program], input=stream, capture_output=True)
-    if done.returncode != 0:
-        raise Fault(done.stderr.decode(errors="replace")[:4000] or f"ended with {done.returncode}")
+    stream = call + spread(u, u_pitch) + spread(inputs.dy, dy_pitch) + bytes_of(weight) + bytes_of(bias)
+    output = output_of(program, stream)
     results, at = [], 0
     for shape, dtype in (
         ((N, H, W, D), u.dtype), ((N, H, W, 2 * D), u.dtype), (weight.shape, weight.dtype), (bias.shape, bias.dtype),
@@ -205,8 +212,8 @@ def run(
         result = torch.empty(shape, dtype=dtype)
         size = result.numel() * result.element_size()
         if size:
-            result = torch.frombuffer(bytearray(done.stdout[at : at + size]), dtype=dtype).reshape(shape)
+            result = torch.frombuffer(bytearray(output[at : at + size]), dtype=dtype).reshape(shape)
         results.append(result)
         at += size
-    assert at == len(done.stdout)
+    assert at == len(output)
     return tuple(results)

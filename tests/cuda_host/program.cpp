@@ -3,19 +3,17 @@
 // found wrong goes to standard error, and the process fails: host.py makes it an error of the test.
 //
 // Images of zeros may go before those that are read and written: so many that only their first and last pages exist.
-#include <sys/mman.h>
-
 #include <cstdio>
-#include <cstring>
-#include <vector>
 
 #include "gated_dwconv_cuda.h"
+#include "memory.h"
 #include "shim.h"
 #include "watch.h"
 
 namespace {
 
 using namespace mambaout_kernels;
+using cuda_host::Memory;
 
 // As host.py packs it.
 struct Call {
@@ -28,39 +26,6 @@ struct Call {
   std::int64_t images_before;              // of N: zeros, neither read nor written here
   std::int64_t last_blocks;                // cuda_host::Behaviour
   std::int64_t weight_offset;              // elements from an address that is a multiple of 16 bytes
-};
-
-std::int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-class Memory {
- public:
-  Memory(std::int64_t bytes, std::int64_t offset, std::int64_t bytes_before = 0)
-      : bytes_(bytes), offset_(offset), bytes_before_(bytes_before) {
-    if (bytes_before > 0) {
-      data_ = mmap(nullptr, bytes + offset, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (data_ == MAP_FAILED) cuda_host::fail("out of addresses");
-      return;
-    }
-    if (posix_memalign(&data_, 16, std::max<std::int64_t>(bytes + offset, 1)) != 0) cuda_host::fail("out of memory");
-    std::memset(data_, 0xff, bytes + offset);  // NaN, where nothing is written
-  }
-  ~Memory() {
-    if (bytes_before_ == 0) std::free(data_);
-  }
-  Memory(const Memory&) = delete;
-
-  char* data() const { return static_cast<char*>(data_) + offset_; }
-  std::int64_t bytes() const { return bytes_; }
-  void read() const {
-    const std::int64_t wanted = bytes_ - bytes_before_;
-    if (static_cast<std::int64_t>(std::fread(data() + bytes_before_, 1, wanted, stdin)) != wanted)
-      cuda_host::fail("input is too short");
-  }
-  void write() const { std::fwrite(data() + bytes_before_, 1, bytes_ - bytes_before_, stdout); }
-
- private:
-  std::int64_t bytes_, offset_, bytes_before_;
-  void* data_ = nullptr;
 };
 
 }  // namespace
@@ -80,7 +45,7 @@ int main() {
                                static_cast<DType>(call.dtype),
                                static_cast<DType>(call.weight_dtype),
                                static_cast<DType>(call.bias_dtype)};
-  const std::int64_t element = bytes_of(shape.dtype), pixels = shape.N * shape.H * shape.W;
+  const std::int64_t element = cuda_host::bytes_of(shape.dtype), pixels = shape.N * shape.H * shape.W;
   const auto tensor_bytes = [&](std::int64_t pitch, std::int64_t channels) {
     return pixels == 0 ? 0 : ((pixels - 1) * pitch + channels) * element;
   };
@@ -88,9 +53,9 @@ int main() {
   const std::int64_t before = call.images_before * shape.H * shape.W * element;
   const Memory u(tensor_bytes(call.u_pitch, 2 * shape.D), call.u_offset * element, before * call.u_pitch);
   const Memory dy(tensor_bytes(call.dy_pitch, shape.D), call.dy_offset * element, before * call.dy_pitch);
-  const std::int64_t weight_element = bytes_of(shape.weight_dtype);
+  const std::int64_t weight_element = cuda_host::bytes_of(shape.weight_dtype);
   const Memory weight(shape.C * shape.K * shape.K * weight_element, call.weight_offset * weight_element);
-  const Memory bias(shape.C * bytes_of(shape.bias_dtype), 0);
+  const Memory bias(shape.C * cuda_host::bytes_of(shape.bias_dtype), 0);
   for (const Memory* input : {&u, &dy, &weight, &bias}) input->read();
   const auto view = [&](const Memory& memory, std::int64_t pitch) {
     return NhwcView{memory.data(), shape.H * shape.W * pitch, shape.W * pitch, pitch};
