@@ -17,6 +17,7 @@ from . import flow, sass
 _ELEMENTS = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 _TYPED = "|".join(_ELEMENTS)
 _OWN_FILTER = re.compile(rf"gated_dwconv_(fwd|bwd)_kernel.*?TraitsI({_TYPED})Li(\d+)ELb([01])E(?:Li(\d)E)?Li(\d+)E")
+_DEPTHWISE = re.compile(rf"depthwise_kernel.*?TraitsI({_TYPED})Li(\d+)ELi(\d)ELi(\d+)E")
 _OTHER = re.compile(rf"(generic_kernel_size_(?:fwd|bwd|dweight)|sum_partials)_kernelI({_TYPED})E")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
 _BRANCHES = frozenset(("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BSYNC"))
@@ -26,7 +27,7 @@ _BRANCHES = frozenset(("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BSYNC"))
 class NativeKernel:
     """One kernel in the machine code of one target."""
 
-    name: str  # "forward", "backward", or of the kernels for any filter
+    name: str  # "forward", "backward", "depthwise", or of the kernels for any filter
     target: str  # "sm_90"
     dtype: str
     kernel_size: int | None  # None: any
@@ -61,7 +62,7 @@ class NativeKernel:
 
     @property
     def multiply_adds_per_output(self) -> float | None:
-        """Per pixel and conv channel: K * K forward, three times that backward. None without a filter of its own."""
+        """Per pixel and conv channel: K * K, three times that backward. None without a filter of its own."""
         return None if self.kernel_size is None else self.multiply_adds / (self.lanes * self.strip)
 
     def failures(self) -> list[str]:
@@ -76,11 +77,12 @@ class NativeKernel:
                 ("LDG", "activations are loaded less than 16 bytes at a time"),
                 ("STG", "outputs are stored less than 16 bytes at a time"),
             ):
-                if self.main_loop_widths(name).keys() != {16}:
+                widths = self.main_loop_widths(name).keys()
+                if widths != ({16} if name != "LDG" or self.name != "depthwise" else set()):
                     found.append(what)
         size, share = self.kernel_size, self.multiply_adds_per_output
         if size is not None and size > 3 and share is not None:
-            taps = size * size * (1 if self.name == "forward" else 3)
+            taps = size * size * (3 if self.name == "backward" else 1)
             if not taps <= share <= 1.1 * taps:
                 found.append(f"{share:.1f} multiply-adds per output for {taps}")
         return found
@@ -111,9 +113,18 @@ def ptx_targets(module: Path) -> list[str]:
     return sorted(set(re.findall(r"\.(sm_\d+)[af]?\.ptx", _cuobjdump("-lptx", str(module)))))
 
 
-@functools.cache
 def kernels(module: Path, target: str) -> list[NativeKernel]:
-    """All kernels of a module for a target. FileNotFoundError without a cuobjdump."""
+    """The op's kernels of a module for a target. FileNotFoundError without a cuobjdump."""
+    return [kernel for kernel in _all_kernels(module, target) if kernel.name != "depthwise"]
+
+
+def depthwise_kernels(module: Path, target: str) -> list[NativeKernel]:
+    """Those of the convolution alone, likewise."""
+    return [kernel for kernel in _all_kernels(module, target) if kernel.name == "depthwise"]
+
+
+@functools.cache
+def _all_kernels(module: Path, target: str) -> list[NativeKernel]:
     usage = {}
     for name, registers, stack in re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", _cuobjdump("-res-usage", "-arch", target, str(module))
@@ -136,7 +147,7 @@ def _kernel(name: str, target: str, text: str, registers: int, stack: int) -> Na
     blocks = _straight_lines(text)
     instructions = Counter(opcode for block in blocks for opcode in block)
     code = sass.parse(text)
-    own, other = _OWN_FILTER.search(name), _OTHER.search(name)
+    own, depthwise, other = _OWN_FILTER.search(name), _DEPTHWISE.search(name), _OTHER.search(name)
     if own is not None:
         direction, element, size, aligned, lanes, strip = own.groups()
         multiply_adds = _multiply_adds(blocks, direction == "fwd")
@@ -144,6 +155,12 @@ def _kernel(name: str, target: str, text: str, registers: int, stack: int) -> Na
             "forward" if direction == "fwd" else "backward", target, _ELEMENTS[element], int(size), aligned == "1",
             int(lanes or 1), int(strip), registers, stack, code, instructions,
             multiply_adds,
+        )  # fmt: skip
+    if depthwise is not None:
+        element, size, lanes, strip = depthwise.groups()
+        return NativeKernel(
+            "depthwise", target, _ELEMENTS[element], int(size), True, int(lanes), int(strip), registers, stack, code,
+            instructions, _multiply_adds(blocks, True),
         )  # fmt: skip
     if other is not None:
         title = other[1].replace("_", " ")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..benchmarking import shapes
-from . import cuda, cuda_predict, flow
+from . import cuda, cuda_depthwise, cuda_predict, flow
 from .cuda import NativeKernel
 from .devices import Device, device, devices
 from .record import CompiledKernel
@@ -31,7 +31,8 @@ def entries(
     variant: str = "mambaout_tiny",
     batch: int = 128,
 ) -> list[Entry]:
-    """What the module runs on each GPU with a datasheet: forward and backward, for the variant's maps.
+    """What the module runs on each GPU with a datasheet: forward, backward and the depthwise convolution alone, for the
+    variant's maps.
 
     targets: of `devices()`; default all. FileNotFoundError without a cuobjdump.
     """
@@ -47,6 +48,10 @@ def entries(
             for dtype in dtypes:
                 for backward in (False, True):
                     found.append(entry(read[source], device(wanted), size, dtype, backward, variant, batch))
+                if size == cuda_depthwise.K:
+                    alone = cuda.depthwise_kernels(module, source)
+                    of_alone = depthwise_entry(alone, device(wanted), dtype, variant, batch) if alone else None
+                    found += [of_alone] if of_alone is not None else []
     return found
 
 
@@ -54,9 +59,14 @@ def launched(
     kernels: Sequence[NativeKernel], on: Device, size: int, dtype: str, backward: bool, aligned: bool
 ) -> NativeKernel:
     """The kernel that a launch with this filter takes on a device."""
-    lanes = 2 if aligned and not backward and int(on.target[3:-1]) == PACKED_MULTIPLY_ADDS else 1
+    lanes = lanes_on(on) if aligned and not backward else 1
     wanted = ("backward" if backward else "forward", dtype, size, aligned, lanes)
     return next(k for k in kernels if (k.name, k.dtype, k.kernel_size, k.aligned, k.lanes) == wanted)
+
+
+def lanes_on(device: Device) -> int:
+    """Channels of a thread, forward and aligned."""
+    return 2 if int(device.target[3:-1]) == PACKED_MULTIPLY_ADDS else 1
 
 
 def is_aligned(shape: Shape, element_bytes: int) -> bool:
@@ -113,7 +123,45 @@ def entry(
     return Entry(_row(kernel, on, plan, min(flights)), kernel.failures() + broken, stages)
 
 
-def _row(kernel: NativeKernel, on: Device, plan: cuda_predict.Plan, bytes_in_flight: int) -> Row:
+def depthwise_plan_of(shape: cuda_depthwise.Shape, element_bytes: int, on: Device) -> cuda_predict.Plan:
+    from .. import _C_cuda
+
+    sizes = (shape.N, shape.H, shape.W, shape.C)
+    return _C_cuda.depthwise_plan(sizes, element_bytes, on.multiprocessors, int(on.target[3:-1]))
+
+
+def depthwise_entry(
+    kernels: Sequence[NativeKernel], on: Device, dtype: str, variant: str = "mambaout_tiny", batch: int = 128
+) -> Entry | None:
+    """The convolution alone, of those of the variant's stages that are aligned; None where none is. Arithmetic may take
+    longer than DRAM here, so that no share of its roofline is asked for."""
+    element_bytes = 4 if dtype == "float32" else 2
+    kernel = next(k for k in kernels if (k.dtype, k.lanes) == (dtype, lanes_on(on)))
+    parts = cuda_depthwise.work(kernel.code)
+    stages, plans, flights = [], [], []
+    for listed in shapes.stages(variant):
+        shape = cuda_depthwise.Shape(batch, listed.height, listed.width, listed.conv_channels)
+        if shape.C * element_bytes % 16 != 0:
+            continue
+        plan = depthwise_plan_of(shape, element_bytes, on)
+        executed = cuda_depthwise.total(parts, plan, shape, kernel.lanes)
+        prediction = cuda_depthwise.predict(executed, plan, shape, on, element_bytes)
+        moved = 2 * shape.C * element_bytes + cuda_depthwise.extra_bytes(shape) / shape.pixels
+        from_l2 = cuda_depthwise.l2_elements(plan, shape) * element_bytes
+        map_of = Shape(batch, shape.H, shape.W, shape.C, shape.C)
+        stages.append(Stage(listed.label, map_of, prediction, moved, from_l2))
+        resident = on.resident_blocks(kernel.registers, plan["threads"], plan["shared_bytes"])
+        plans.append(plan)
+        flights.append(resident * plan["bytes_ahead"])
+    if not stages:
+        return None
+    broken = kernel.failures()
+    if on.target == "sm_90" and min(flights) < LEAST_BYTES_IN_FLIGHT:
+        broken.append(f"bytes in flight: {min(flights) / 1024:.0f} KiB of {LEAST_BYTES_IN_FLIGHT // 1024}")
+    return Entry(_row(kernel, on, plans[0], min(flights), act=""), broken, stages)
+
+
+def _row(kernel: NativeKernel, on: Device, plan: cuda_predict.Plan, bytes_in_flight: int, act: str = "gelu") -> Row:
     loop = flow.main_loop(kernel.code)
     record = CompiledKernel(
         backend="cuda",
@@ -123,7 +171,7 @@ def _row(kernel: NativeKernel, on: Device, plan: cuda_predict.Plan, bytes_in_fli
         threads=plan["threads"],
         shared_bytes=plan["shared_bytes"],
         K=kernel.kernel_size or 0,
-        act="gelu",
+        act=act,
         block_h=plan["segment_rows"],
         block_w=plan["strips"] * plan["strip"],
         block_d=plan["chunks"] * cuda_predict.CHUNK,

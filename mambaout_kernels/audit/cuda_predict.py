@@ -37,7 +37,7 @@ class Work:
     parameter: Counter[str]  # once for each weight that is brought to shared memory
 
 
-def _opcodes(blocks: Iterable[flow.Block], times: float = 1.0) -> Counter[str]:
+def opcodes(blocks: Iterable[flow.Block], times: float = 1.0) -> Counter[str]:
     found: Counter[str] = Counter()
     for block in blocks:
         for line in block.code:
@@ -49,7 +49,7 @@ def work(code: Sequence[Instruction], backward: bool) -> Work:
     """Take a kernel apart. ValueError where its code is not what csrc/cuda compiles to."""
     main = flow.main_loop(code)
     trip = flow.Trip(code, main, skip=lambda block: block.count("MUFU.RCP") > 0)
-    longest, step = trip.longest(), _opcodes(trip.shortest())
+    longest, step = trip.longest(), opcodes(trip.shortest())
     parts: dict[str, list[flow.Block]] = {"row": [], "conv": [], "gate": [], "packet": []}
     for block in longest:
         fma, special, shared = block.count("FFMA"), block.count("MUFU"), block.count("LDS")
@@ -66,24 +66,24 @@ def work(code: Sequence[Instruction], backward: bool) -> Work:
     rare = [block for block in flow.blocks(code).values() if block.address in main and block.only_moves]
     return Work(
         step,
-        _opcodes(parts["row"]) - step,
-        _opcodes(parts["conv"]),
-        _opcodes(parts["gate"]),
-        _opcodes(parts["packet"], 1 / packets),
+        opcodes(parts["row"]) - step,
+        opcodes(parts["conv"]),
+        opcodes(parts["gate"]),
+        opcodes(parts["packet"], 1 / packets),
         _halo(code, main) if backward else Counter(),
-        _opcodes(block for block in rare if block not in longest),
-        _launch(code, main),
-        _parameter(code, main),
+        opcodes(block for block in rare if block not in longest),
+        launch(code, main),
+        parameter(code, main),
     )
 
 
-def _launch(code: Sequence[Instruction], main: flow.Loop) -> Counter[str]:
+def launch(code: Sequence[Instruction], main: flow.Loop) -> Counter[str]:
     reading = _reading_weights(code, main)
     outside = [b for b in flow.blocks(code).values() if b.address not in main]
-    return _opcodes(b for b in outside if not any(b.address in loop for loop in reading))
+    return opcodes(b for b in outside if not any(b.address in loop for loop in reading))
 
 
-def _parameter(code: Sequence[Instruction], main: flow.Loop) -> Counter[str]:
+def parameter(code: Sequence[Instruction], main: flow.Loop) -> Counter[str]:
     """For one weight, in the longer of the loops that read 16 bytes of them at a time: one for each type of theirs."""
     found: list[Counter[str]] = []
     for loop in _reading_weights(code, main):
@@ -92,10 +92,10 @@ def _parameter(code: Sequence[Instruction], main: flow.Loop) -> Counter[str]:
         fp32 = sum(line.name == "LDGSTS" for line in lines)  # copied as they are
         low = sum(line.name == "LDG" and line.bytes == 16 for line in lines)
         if fp32 + low:
-            found.append(_opcodes(body, 1 / (4 * fp32 + 8 * low)))
+            found.append(opcodes(body, 1 / (4 * fp32 + 8 * low)))
     if not found:
         raise ValueError("no loop that reads weights before the main loop")
-    return max(found, key=lambda opcodes: sum(opcodes.values()))
+    return max(found, key=lambda counts: sum(counts.values()))
 
 
 def _reading_weights(code: Sequence[Instruction], main: flow.Loop) -> list[flow.Loop]:
@@ -113,7 +113,7 @@ def _halo(code: Sequence[Instruction], main: flow.Loop) -> Counter[str]:
         special = sum(b.count("MUFU.EX2") for b in body)
         others = sum(b.count("MUFU.RCP") + b.count("LDG.") + b.count("STG") for b in body)
         if inner != main and inner.first in main and special and not others:
-            return _opcodes(body, 2 / special)
+            return opcodes(body, 2 / special)
     raise ValueError("no loop over a row with its halo inside the main loop")
 
 
@@ -127,7 +127,7 @@ def total(parts: Work, plan: Plan, shape: Shape, K: int, channels_per_packet: in
     warps = plan["w_tiles"] * plan["chunk_groups"] * plan["threads"] / WARP
     strips, chunks = -(-shape.W // strip_w), -(-shape.C // CHUNK)
     convolving = strips * chunks / lanes
-    halo = sum(_tile_pixels(plan, shape, K, tile)[1] for tile in range(plan["w_tiles"])) * chunks * CHUNK / WARP
+    halo = sum(tile_pixels(plan, shape, K, tile)[1] for tile in range(plan["w_tiles"])) * chunks * CHUNK / WARP
     often = (
         (parts.step, shape.N * steps * warps),
         (parts.row, shape.N * shape.H * warps),
@@ -140,13 +140,13 @@ def total(parts: Work, plan: Plan, shape: Shape, K: int, channels_per_packet: in
         (parts.parameter, plan["blocks"] * plan["chunks"] * CHUNK * K * K / WARP),
     )
     found: Counter[str] = Counter()
-    for opcodes, times in often:
-        for opcode, number in opcodes.items():
+    for counts, times in often:
+        for opcode, number in counts.items():
             found[opcode] += number * times  # type: ignore[assignment]
     return found
 
 
-def _tile_pixels(plan: Plan, shape: Shape, K: int, tile: int) -> tuple[int, int]:
+def tile_pixels(plan: Plan, shape: Shape, K: int, tile: int) -> tuple[int, int]:
     """Pixels of a row of a tile that exist, and with those of its halo that exist."""
     width = plan["strips"] * plan["strip"]
     first, last = tile * width, min((tile + 1) * width, shape.W)
@@ -157,7 +157,7 @@ def _packet_warps(plan: Plan, shape: Shape, channels_per_packet: int) -> int:
     """Warps with an identity packet to work on, for one row of pixels (csrc/cuda/identity_row.cuh)."""
     packets, groups = (shape.D - shape.C) // channels_per_packet, plan["chunk_groups"]
     shares = [packets * (group + 1) // groups - packets * group // groups for group in range(groups)]
-    pixels = [_tile_pixels(plan, shape, 1, tile)[0] for tile in range(plan["w_tiles"])]
+    pixels = [tile_pixels(plan, shape, 1, tile)[0] for tile in range(plan["w_tiles"])]
     return sum(-(-share * there // WARP) for share in shares for there in pixels)
 
 
@@ -166,7 +166,7 @@ def l2_elements(plan: Plan, shape: Shape, K: int, backward: bool) -> float:
     R, segments = K // 2, range(plan["segments"])
     tops = [segment * plan["segment_rows"] for segment in segments]
     rows = sum(min(top + plan["segment_rows"] + R, shape.H) - max(top - R, 0) for top in tops)
-    columns = sum(_tile_pixels(plan, shape, K, tile)[1] for tile in range(plan["w_tiles"]))
+    columns = sum(tile_pixels(plan, shape, K, tile)[1] for tile in range(plan["w_tiles"]))
     again = rows * columns / (shape.H * shape.W) - 1
     return (5 * shape.D + 3 * shape.C * again) if backward else (3 * shape.D + shape.C * again)
 
@@ -186,14 +186,19 @@ def predict(executed: Counter[str], plan: Plan, shape: Shape, K: int, device: De
     takes as long as on the one with the most blocks.
     """
     elements = l2_elements(plan, shape, K, backward) * shape.pixels
-    cycles = {**pipes(executed, device), "L2": elements * element_bytes / L2_BYTES}
-    most = -(-plan["blocks"] // device.multiprocessors) * device.multiprocessors / plan["blocks"]
-    microseconds = {name: n * most / device.multiprocessors / device.ghz * 1e-3 for name, n in cycles.items()}
+    microseconds = on_the_chip(executed, plan, device, elements * element_bytes)
     floor = (5 if backward else 3) * shape.D * element_bytes * shape.pixels
     extra = extra_bytes(plan, shape, K, backward)
     return Prediction(
         {"DRAM": (floor + extra) / device.dram_tb_s / 1e6, **microseconds}, floor / device.dram_tb_s / 1e6
     )
+
+
+def on_the_chip(executed: Counter[str], plan: Plan, device: Device, l2_bytes: float) -> dict[str, float]:
+    """Microseconds by each limit but DRAM."""
+    cycles = {**pipes(executed, device), "L2": l2_bytes / L2_BYTES}
+    most = -(-plan["blocks"] // device.multiprocessors) * device.multiprocessors / plan["blocks"]
+    return {name: n * most / device.multiprocessors / device.ghz * 1e-3 for name, n in cycles.items()}
 
 
 def pipes(executed: Counter[str], device: Device) -> dict[str, float]:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             announce(f"{kernel.target} {kernel.name} {kernel.dtype} {kernel.dim}")
             blocks.append(triton_block.compile_ahead(kernel))
     if "cuda" in chosen:
-        entries += [e for e in _compiled(args, targets, dtypes) if e.row.kernel.name in kernels]
+        entries += [e for e in _compiled(args, targets, dtypes) if args.kernel is None or e.row.kernel.name in kernels]
     if args.json:
         of_blocks = [block_report.as_dict(b, args.variant, args.batch) for b in blocks]
         print(json.dumps([*(e.as_dict() for e in entries), *of_blocks], indent=1))
