@@ -364,3 +364,57 @@ FAULTS += [
     for file, faults in (("cuda.cpp", _OF_THE_CUDA_BINDING), ("checks.h", _OF_ITS_CHECKS))
     for right, wrong in faults
 ]
+
+# The depthwise convolution alone on CUDA: rows, columns, channels, the ring, the layout of x, what is refused.
+_DEPTHWISE_KERNEL = [
+    (
+        "k <= missing && at.row - R + k >= place.h0",
+        "k < missing && at.row - R + k >= place.h0",
+        "-k 'against_fp64 and stage and bfloat16'",
+    ),
+    ("k <= missing && at.row - R + k >= place.h0", "k <= missing", "-k 'races and memory-one and pixel'"),
+    (
+        "if (at.row - R >= place.h0) yield",
+        "if (at.row - R > place.h0) yield",
+        "-k 'against_fp64 and stage and bfloat16'",
+    ),
+    ("if (at.row == first) {", "if (at.n == place.n0 && at.row == first) {", "-k 'several_images_of and bfloat16'"),
+    ("(sums[s] + bias).store", "sums[s].store", "-k bias_is_added_last"),
+    ("conv.start(Values::zero());", "conv.start(bias);", "-k bias_is_added_last"),
+    ("s < stored && s + packet_pixel", "s + packet_pixel", "-k 'races and memory-several'"),
+    ("s < stored && s + packet_pixel < kStrip", "s < stored", "-k 'races and races-several'"),
+    ("convolving && packet_channel < channels ?", "convolving ?", "-k 'races and memory-the'"),
+    ("wait_copies<kStages - 2>()", "wait_copies<kStages - 1>()", "-k 'same_bits and bfloat16'"),
+    ("    __syncthreads();\n    stage_next(", "    stage_next(", "-k 'races and races-many'"),
+    ("    __syncwarp();\n#pragma", "#pragma", "-k 'against_fp64 and stage and bfloat16'"),
+    ("from += x_row;", "from += s_row;", "-k 'slice_of_channels and bfloat16'"),
+]
+FAULTS += [
+    FaultySource("csrc/cuda/depthwise.cuh", right, wrong, f"tests/csrc/test_cuda_depthwise.py {selected}")
+    for right, wrong, selected in _DEPTHWISE_KERNEL
+]
+_DEPTHWISE_BINDING = [
+    ("csrc/cuda/dispatch.cpp", "x_spacing * element % 16 == 0 && ", ""),
+    (
+        "csrc/cuda/dispatch.cpp",
+        "shape.K == kDepthwiseKernelSize && shape.C <= kMostChannels &&",
+        "shape.K == kDepthwiseKernelSize &&",
+    ),
+    (
+        "csrc/torch/gated_dwconv_cuda.cpp",
+        "STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1,",
+        "STD_TORCH_CHECK(true,",
+    ),
+    ("csrc/torch/gated_dwconv_cuda.cpp", "own == dtype || own == DType::kFloat32", "own != DType::kFloat64"),
+    (
+        "csrc/torch/gated_dwconv_cuda.cpp",
+        "spacing, weight.const_data_ptr(), bias.const_data_ptr(), s.",
+        "spacing, bias.const_data_ptr(), weight.const_data_ptr(), s.",
+    ),
+    ("mambaout_kernels/backends/cuda.py", "C % packet == spacing % packet == 0", "spacing % packet == 0"),
+    ("mambaout_kernels/backends/cuda.py", "and x.data_ptr() % _PACKET_BYTES == 0", ""),
+]
+FAULTS += [
+    FaultySource(file, right, wrong, "tests/csrc/test_cuda_depthwise_binding.py")
+    for file, right, wrong in _DEPTHWISE_BINDING
+]
