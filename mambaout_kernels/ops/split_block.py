@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import backends, reference
+from ..backends import cuda
 from ..backends.checks import check_parameters
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,11 +95,18 @@ def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str) -> None:
         raise ValueError(f"taps must have shape ({rows}, {C} rounded up to 128s); got {tuple(taps.shape)}")
 
 
+def _by_cuda(c: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled kernel runs it, which is predicted to be faster than Triton's."""
+    return c.is_cuda and cuda.unavailable() is None and cuda.supports_depthwise(c, weight)
+
+
 def _depthwise(c: Tensor, weight: Tensor, bias: Tensor, taps: Tensor) -> Tensor:
     from ..backends.triton_kernels import block_launch
 
     if weight.shape[0] == 0:
         return c
+    if backends.forced() in (None, "cuda") and _by_cuda(c, weight):
+        return cuda.depthwise(c, weight, bias)
     if c.stride(1) > _LONGEST_ROW:  # 32-bit offsets reach through the rows of a tile
         return reference.dwconv(c, weight, bias)
     return block_launch.depthwise(c, taps, weight.shape[-1])

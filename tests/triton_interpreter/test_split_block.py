@@ -11,7 +11,7 @@ from numerics import assert_accurate
 from torch import nn
 
 import mambaout_kernels as mk
-from mambaout_kernels import backends
+from mambaout_kernels import backends, reference
 from mambaout_kernels.backends.triton_kernels import block_launch, block_tiles
 from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.benchmarking.inputs import enlivened
@@ -171,6 +171,34 @@ def test_maps_too_wide_for_32_bit_offsets_run_on_the_reference(monkeypatch):
     monkeypatch.setattr(split_block, "_LONGEST_ROW", 1)
     monkeypatch.setattr(block_launch, "depthwise", None)
     torch.testing.assert_close(fast(x), expected)
+
+
+def test_the_compiled_depthwise_kernel_is_taken_where_it_runs(monkeypatch):
+    fast, x = SplitBlock(make(16, kernel_size=3), torch.float32), pixels(1, 4, 5, 16)
+    expected = fast(x)
+    monkeypatch.setattr(split_block, "_by_cuda", lambda c, weight: True)
+    monkeypatch.setattr(split_block.cuda, "depthwise", reference.dwconv)
+    monkeypatch.setattr(block_launch, "depthwise", None)
+    torch.testing.assert_close(fast(x), expected)
+    with backends.force("triton"), pytest.raises(TypeError):
+        fast(x)
+
+
+def test_launches(monkeypatch):
+    """Three of a narrow block; of a wide one three, and PyTorch's two products and residual."""
+    launched = []
+    for name in ("layer_norm", "norm_linear", "depthwise", "gated_mlp", "gated_linear", "pack_filter"):
+        run = getattr(block_launch, name)
+        monkeypatch.setattr(block_launch, name, lambda *a, run=run, name=name: launched.append(name) or run(*a))
+    block, x = make(16, kernel_size=3), pixels(1, 3, 3, 16)
+    fast = SplitBlock(block, torch.float32)
+    assert launched.pop() == "pack_filter"  # once, when it is made
+    fast(x)
+    assert launched == ["norm_linear", "depthwise", "gated_mlp"]
+    launched.clear()
+    monkeypatch.setattr(split_block, "NARROW", 0)
+    fast(x)
+    assert launched == ["layer_norm", "depthwise", "gated_linear"]
 
 
 def test_the_depthwise_kernel_alone():
