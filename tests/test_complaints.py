@@ -223,12 +223,16 @@ def test_11_a_retained_graph_gives_the_same_again():
 def test_12_every_launch_is_on_the_device_of_its_tensors():
     """Two GPUs: the one that is not current. Here: each native CUDA op and each Triton launch holds a guard."""
     native = (ROOT / "csrc" / "torch" / "gated_dwconv_cuda.cpp").read_text()
-    launches = len(re.findall(r"\bcuda::(?:forward|backward)\(", native))
-    assert launches == len(re.findall(r"DeviceGuard guard\(", native)) == 2
-    tree = ast.parse((ROOT / "mambaout_kernels" / "backends" / "triton_kernels" / "launch.py").read_text())
-    for name in ("gated_dwconv", "gated_dwconv_backward", "forward", "backward"):
-        for function in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]:
-            assert any(isinstance(n, ast.With) and "_guard" in ast.unparse(n.items[0]) for n in ast.walk(function))
+    launches = len(re.findall(r"\bcuda::(?:forward|backward|depthwise)\(", native))
+    assert launches == len(re.findall(r"DeviceGuard guard\(", native)) == 3
+    guarded = 0
+    for file in ("launch.py", "block_launch.py"):
+        tree = ast.parse((ROOT / "mambaout_kernels" / "backends" / "triton_kernels" / file).read_text())
+        for function in [n for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]:
+            if "torch.empty" in ast.unparse(function) or "new_empty" in ast.unparse(function):  # for a kernel to fill
+                assert any(isinstance(n, ast.With) and "_guard" in ast.unparse(n.items[0]) for n in ast.walk(function))
+                guarded += 1
+    assert guarded == 7  # forward, backward; layer_norm, norm_linear, depthwise, gated_mlp, gated_linear
     if torch.cuda.device_count() > 1:
         given = inputs()
         on_second = [t.to("cuda:1") for t in (*given, given.dy)]
