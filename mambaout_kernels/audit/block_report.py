@@ -5,7 +5,8 @@ from typing import Any
 
 from ..benchmarking import shapes
 from .devices import device
-from .triton_block import Bound, Compiled, bound, filled_up
+from .roofline import Prediction
+from .triton_block import Compiled, bound, filled_up
 
 HEADINGS = (
     "target", "kernel", "dtype", "stage", "tile", "warps", "regs", "spills", "shared", "16-byte ld/st", "tensor cores",
@@ -13,7 +14,7 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def bound_of(compiled: Compiled, variant: str, batch: int) -> tuple[str, Bound | None]:
+def bound_of(compiled: Compiled, variant: str, batch: int) -> tuple[str, Prediction | None]:
     """(stage, bound) at the variant's stage of this width; no bound of AMD's, whose code is not read so far."""
     stage = next(s for s in shapes.stages(variant) if s.dim == compiled.kernel.dim)
     if compiled.kernel.target.startswith("gfx"):
@@ -26,7 +27,7 @@ def lines(found: Sequence[Compiled], variant: str, batch: int) -> list[tuple[str
     return [_line(compiled, *bound_of(compiled, variant, batch)) for compiled in found]
 
 
-def _line(compiled: Compiled, label: str, least: Bound | None) -> tuple[str, ...]:
+def _line(compiled: Compiled, label: str, least: Prediction | None) -> tuple[str, ...]:
     kernel, tile = compiled.kernel, compiled.kernel.tile
     sides = (tile.block_h, tile.block_w, tile.block_d) if kernel.name == "depthwise" else (tile.block_m, tile.block_n)
     warp = 64 if kernel.target.startswith("gfx") else 32

@@ -84,11 +84,7 @@ def total(parts: Work, plan: Plan, shape: Shape, lanes: int) -> Counter[str]:
         (parts.launch, plan["blocks"] * plan["threads"] / WARP),
         (parts.parameter, plan["blocks"] * plan["chunks"] * CHUNK * K * K / WARP),
     )
-    found: Counter[str] = Counter()
-    for counts, times in often:
-        for opcode, number in counts.items():
-            found[opcode] += number * times  # type: ignore[assignment]
-    return found
+    return cuda_predict.executed_so_often(often)
 
 
 def l2_elements(plan: Plan, shape: Shape) -> float:

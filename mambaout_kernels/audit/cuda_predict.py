@@ -117,6 +117,15 @@ def _halo(code: Sequence[Instruction], main: flow.Loop) -> Counter[str]:
     raise ValueError("no loop over a row with its halo inside the main loop")
 
 
+def executed_so_often(often: Iterable[tuple[Counter[str], float]]) -> Counter[str]:
+    """Opcodes of all parts, each as often as it runs."""
+    found: Counter[str] = Counter()
+    for counts, times in often:
+        for opcode, number in counts.items():
+            found[opcode] += number * times  # type: ignore[assignment]
+    return found
+
+
 def total(parts: Work, plan: Plan, shape: Shape, K: int, channels_per_packet: int, lanes: int) -> Counter[str]:
     """Instructions of warps, of a whole launch."""
     R, strip_w = K // 2, plan["strip"]
@@ -139,11 +148,7 @@ def total(parts: Work, plan: Plan, shape: Shape, K: int, channels_per_packet: in
         (parts.launch, plan["blocks"] * plan["threads"] / WARP),
         (parts.parameter, plan["blocks"] * plan["chunks"] * CHUNK * K * K / WARP),
     )
-    found: Counter[str] = Counter()
-    for counts, times in often:
-        for opcode, number in counts.items():
-            found[opcode] += number * times  # type: ignore[assignment]
-    return found
+    return executed_so_often(often)
 
 
 def tile_pixels(plan: Plan, shape: Shape, K: int, tile: int) -> tuple[int, int]:

@@ -113,6 +113,12 @@ def pipes(total: Counter[str], device: Device) -> dict[str, float]:
     }
 
 
+def microseconds_per_cycle(launched: int, device: Device) -> float:
+    """Of cycles summed over all multiprocessors: it takes as long as on the one with the most of these blocks."""
+    most = -(-launched // device.multiprocessors) * device.multiprocessors / launched
+    return most / device.multiprocessors / device.ghz / 1e3
+
+
 def predict(
     kernel: CompiledKernel,
     executed: tuple[Counter[str], Counter[str]],
@@ -138,8 +144,7 @@ def predict(
     launched = sum(blocks(kernel, shape))
     if kernel.name == "weight_gradient":
         launched = min(launched, programs)
-    most = -(-launched // device.multiprocessors) * device.multiprocessors / launched
-    microseconds = {name: n * most / device.multiprocessors / device.ghz / 1e3 for name, n in cycles.items()}
+    microseconds = {name: n * microseconds_per_cycle(launched, device) for name, n in cycles.items()}
     floor = floor_elements(kernel.name, shape) * kernel.element_bytes * shape.pixels / device.dram_tb_s / 1e6
     dram = floor + partial_bytes(kernel, shape, programs) / device.dram_tb_s / 1e6
     return Prediction({"DRAM": dram, **microseconds}, floor)

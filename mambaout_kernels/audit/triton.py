@@ -1,7 +1,7 @@
 """Every Triton kernel as it is launched, compiled ahead of time: no GPU, no driver."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -63,7 +63,9 @@ def _kernel(configuration: Configuration) -> tuple[Any, dict[str, Any]]:
     return function, constants | {"ACT": configuration.act, "STAGES": tile.stages}
 
 
-def _signature(function: Any, constants: dict[str, Any], element: str, amd: bool) -> tuple[dict, dict]:
+def _signature(
+    function: Any, constants: dict[str, Any], element_of: Callable[[str], str], amd: bool
+) -> tuple[dict, dict]:
     """Types by argument, and what the launcher says of their values: of pointers alone, see kernel.py.
 
     They are multiples of 16, and on AMD to tensors below 2 GB.
@@ -71,36 +73,48 @@ def _signature(function: Any, constants: dict[str, Any], element: str, amd: bool
     types, known = {}, {}
     for position, name in enumerate(function.arg_names):
         pointer = name.endswith("_ptr")
-        types[name] = (
-            "constexpr" if name in constants else f"*{element if name in _TYPED else 'fp32'}" if pointer else "i32"
-        )
+        number = "fp32" if name == "eps" else "i32"
+        types[name] = "constexpr" if name in constants else f"*{element_of(name)}" if pointer else number
         if pointer:
             known[(position,)] = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if amd else [])]
     return types, known
 
 
-def compile_ahead(configuration: Configuration) -> CompiledKernel:
-    """Machine code of a configuration. RuntimeError under TRITON_INTERPRET=1, where nothing is compiled."""
+def machine_code(
+    function: Any, constants: dict[str, Any], element_of: Callable[[str], str], target: str, options: dict[str, Any]
+) -> tuple[Any, int]:
+    """(what Triton makes of a jitted function, threads of a warp). element_of: of the tensors, by argument.
+
+    RuntimeError under TRITON_INTERPRET=1, where nothing is compiled.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    function, constants = _kernel(configuration)
     if not hasattr(function, "arg_names") or type(function).__name__ == "InterpretedFunction":
         raise RuntimeError("TRITON_INTERPRET is set: kernels run in the interpreter and cannot be compiled")
-    amd = configuration.target.startswith("gfx")
-    types, known = _signature(function, constants, DTYPES[configuration.dtype][0], amd)
-    target = GPUTarget("hip", configuration.target, 64) if amd else GPUTarget("cuda", int(configuration.target[3:]), 32)
-    compiled = compile(
-        ASTSource(function, types, constexprs=constants, attrs=known),
-        target=target,
-        options=configuration.tile.options(),
+    amd = target.startswith("gfx")
+    types, known = _signature(function, constants, element_of, amd)
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    source = ASTSource(function, types, constexprs=constants, attrs=known)
+    return compile(source, target=gpu, options=options), gpu.warp_size
+
+
+def compile_ahead(configuration: Configuration) -> CompiledKernel:
+    """Machine code of a configuration; raises as `machine_code` does."""
+    element = DTYPES[configuration.dtype][0]
+    compiled, warp = machine_code(
+        *_kernel(configuration),
+        lambda name: element if name in _TYPED else "fp32",
+        configuration.target,
+        configuration.tile.options(),
     )
+    amd = configuration.target.startswith("gfx")
     return CompiledKernel(
         backend="triton",
         name=configuration.kernel,
         dtype=configuration.dtype,
         target=configuration.target,
-        threads=configuration.tile.num_warps * target.warp_size,
+        threads=configuration.tile.num_warps * warp,
         shared_bytes=compiled.metadata.shared,
         K=configuration.K,
         act=configuration.act,

@@ -10,11 +10,10 @@ from ..backends.triton_kernels import block_tiles, tiles
 from ..benchmarking import shapes
 from . import sass
 from .devices import L2_BYTES, WARP, device
-from .roofline import Shape, pipes
-from .triton import DTYPES, amd_usage
+from .roofline import Prediction, Shape, microseconds_per_cycle, pipes
+from .triton import DTYPES, amd_usage, machine_code
 
 KERNELS = (*block_tiles.KERNELS, "depthwise")
-_VECTORS = ("gamma_ptr", "beta_ptr", "b_ptr", "b1_ptr", "b2_ptr", "scale_ptr")  # in the elements' type, as the others
 _TENSOR = ("HGMMA", "HMMA", "UTCHMMA")
 
 
@@ -92,26 +91,14 @@ class Compiled:
 
 def compile_ahead(kernel: BlockKernel) -> Compiled:
     """RuntimeError under TRITON_INTERPRET=1, where nothing is compiled."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     function, constants = _function(kernel)
-    if type(function).__name__ == "InterpretedFunction":
-        raise RuntimeError("TRITON_INTERPRET is set: kernels run in the interpreter and cannot be compiled")
-    amd, element = kernel.target.startswith("gfx"), DTYPES[kernel.dtype][0]
-    types, known = {}, {}
-    for position, name in enumerate(function.arg_names):
-        pointer = name.endswith("_ptr")
-        other = "fp32" if name == "eps" else "i32"
-        types[name] = (
-            "constexpr" if name in constants else f"*{'fp32' if name == 'taps_ptr' else element}" if pointer else other
-        )
-        if pointer:
-            known[(position,)] = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if amd else [])]
-    target = GPUTarget("hip", kernel.target, 64) if amd else GPUTarget("cuda", int(kernel.target[3:]), 32)
+    element = DTYPES[kernel.dtype][0]
+    amd = kernel.target.startswith("gfx")
     options = {name: value for name, value in kernel.tile.options().items() if not (amd and name == "maxnreg")}
-    compiled = compile(ASTSource(function, types, constexprs=constants, attrs=known), target=target, options=options)
-    threads, shared = kernel.tile.num_warps * target.warp_size, compiled.metadata.shared
+    compiled, warp = machine_code(
+        function, constants, lambda name: "fp32" if name == "taps_ptr" else element, kernel.target, options
+    )
+    threads, shared = kernel.tile.num_warps * warp, compiled.metadata.shared
     if amd:
         text = compiled.asm["amdgcn"]
         usage, matrix = amd_usage(text), "MFMA" if "v_mfma" in text else ""
@@ -153,21 +140,6 @@ def _executed(kernel: BlockKernel, code: list[sass.Instruction]) -> Counter[str]
     return sass.executed(code, pairs)
 
 
-@dataclass(frozen=True)
-class Bound:
-    """Microseconds that a launch takes at least, by what limits it."""
-
-    limits: dict[str, float]
-
-    @property
-    def microseconds(self) -> float:
-        return max(self.limits.values())
-
-    @property
-    def bound_by(self) -> str:
-        return max(self.limits, key=lambda name: self.limits[name])
-
-
 def programs(kernel: BlockKernel, shape: Shape) -> int:
     tile = kernel.tile
     if kernel.name == "depthwise":
@@ -196,31 +168,30 @@ def products(name: str, dim: int, shape: Shape) -> int:
     return {"norm_linear": dim * shape.C, "gated_mlp": gated + dim * shape.D, "gated_linear": gated}.get(name, 0)
 
 
-def weight_elements(name: str, dim: int, shape: Shape) -> int:
-    """Elements of weights that one program reads, from L2."""
-    if name == "gated_linear":
-        return 0  # counted with its rows, below
-    return products(name, dim, shape)  # each multiplies one
+def _elements_read_again(kernel: BlockKernel, shape: Shape) -> float:
+    """From L2, by one program: weights, each of which multiplies one element; and gated_linear's rows."""
+    if kernel.name != "gated_linear":
+        return products(kernel.name, kernel.dim, shape)
+    tile, identity = kernel.tile, (shape.D - shape.C) / shape.D  # whose programs have two tiles of weights
+    return kernel.dim * (tile.block_m + (1 + identity) * tile.block_n)
 
 
-def bound(compiled: Compiled, shape: Shape) -> Bound:
+def bound(compiled: Compiled, shape: Shape) -> Prediction:
     """Every limit at its datasheet rate, as if the others were hidden behind it; a wave of programs is whole."""
     kernel, on = compiled.kernel, device(compiled.kernel.target)
     launched, warps, bytes_each = programs(kernel, shape), compiled.threads / WARP, kernel.bits // 8
     total = Counter({opcode: n * launched * warps for opcode, n in compiled.executed.items()})
-    most = -(-launched // on.multiprocessors) * on.multiprocessors / launched
-    scale = most / on.multiprocessors / on.ghz / 1e3
-    limits = {name: cycles * scale for name, cycles in pipes(total, on).items()}
     moved = elements_moved(kernel.name, kernel.dim, shape) * bytes_each * shape.pixels
-    limits["DRAM"] = moved / on.dram_tb_s / 1e6
-    tensor = on.tensor_tflops * (1 if kernel.bits == 16 else 0.5)
-    limits["tensor cores"] = 2 * products(kernel.name, kernel.dim, shape) * shape.pixels / tensor / 1e6 * most
-    again = weight_elements(kernel.name, kernel.dim, shape) * launched * bytes_each
-    if kernel.name == "gated_linear":
-        tile, identity = kernel.tile, (shape.D - shape.C) / shape.D
-        again = launched * kernel.dim * (tile.block_m + (1 + identity) * tile.block_n) * bytes_each
-    limits["L2"] = (moved + again) / L2_BYTES * scale
-    return Bound(limits)
+    multiplied = 2 * products(kernel.name, kernel.dim, shape) * shape.pixels
+    tensor = on.tensor_tflops * 1e12 * (1 if kernel.bits == 16 else 0.5) / (on.multiprocessors * on.ghz * 1e9)
+    cycles = {
+        **pipes(total, on),
+        "tensor cores": multiplied / tensor,
+        "L2": (moved + _elements_read_again(kernel, shape) * launched * bytes_each) / L2_BYTES,
+    }
+    floor = moved / on.dram_tb_s / 1e6
+    scale = microseconds_per_cycle(launched, on)
+    return Prediction({"DRAM": floor, **{name: n * scale for name, n in cycles.items()}}, floor)
 
 
 def configurations(
