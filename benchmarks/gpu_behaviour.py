@@ -56,6 +56,11 @@ def examine(backend: str, device: str) -> Found:
             what = f"a block's training step, {_short(dtype)}{f' under {_short(low)} autocast' if low else ''}"
             what += ", compiled" if compiled else ""
             checks.append((what, partial(_trained_block, backend, device, dtype, low, compiled)))
+    yield from findings(backend, checks)
+
+
+def findings(subject: str, checks: list[tuple[str, Callable[[], str | None]]]) -> Found:
+    """Of checks that say what is wrong, or None; without TF32 in eager's convolutions."""
     for what, run in checks:
         try:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -63,9 +68,9 @@ def examine(backend: str, device: str) -> Found:
         except Exception as error:
             wrong = f"{type(error).__name__}: {str(error).strip()[-500:]}"
         if wrong is None:
-            yield "note", {"text": f"{backend}, {what}: right"}
+            yield "note", {"text": f"{subject}, {what}: right"}
         else:
-            yield "fail", {"text": f"{backend}, {what}: {wrong}"}
+            yield "fail", {"text": f"{subject}, {what}: {wrong}"}
 
 
 def _short(dtype: torch.dtype) -> str:

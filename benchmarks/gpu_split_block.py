@@ -1,11 +1,12 @@
 """Blocks in inference on a GPU (ops/split_block.py): right beside eager and fp64, in graphs and under compile."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from gpu_behaviour import Found, findings
 from torch import Tensor, nn
 
 from mambaout_kernels import backends, optimize_for_inference
@@ -15,7 +16,6 @@ from mambaout_kernels.inference.split_blocks import SplitBlock
 from mambaout_kernels.models import create_model
 from mambaout_kernels.nn.block import FusedGatedCNNBlock
 
-Found = Iterator[tuple[str, dict[str, Any]]]
 # Tiny's and base's widths, femto's, and one of no whole parts; then pixels of one program and less, and of many.
 DIMS = (96, 192, 384, 576, 128, 256, 512, 768, 48, 288, 40)
 MAPS = ((1, 1, 1), (2, 7, 7), (3, 14, 13))
@@ -34,19 +34,7 @@ def examine(device: str) -> Found:
     if device == "cuda":
         checks.append(("CUDA graphs, shape after shape", _graphs))
         checks.append(("compiled", _compiled))
-    for what, run in checks:
-        try:
-            wrong = run()
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {str(error).strip()[-500:]}"
-        yield (
-            ("note", {"text": f"split block, {what}: right"})
-            if wrong is None
-            else (
-                "fail",
-                {"text": f"split block, {what}: {wrong}"},
-            )
-        )
+    yield from findings("split block", checks)
 
 
 def _compared(block: Any, x: Tensor) -> list[accuracy.Comparison]:

@@ -64,7 +64,7 @@ def split_gated_cnn_block(
     )  # fmt: skip
 
 
-def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str) -> None:
+def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str, taps_block: int) -> None:
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, taps, fc2_weight, fc2_bias = tensors
     if x.ndim != 4 or x.shape[-1] == 0:
         raise ValueError(f"x must have 4 dimensions (N, H, W, dim), dim at least 1; got shape {tuple(x.shape)}")
@@ -91,8 +91,8 @@ def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str) -> None:
             raise TypeError(f"{name} must be {dtype} beside x of {x.dtype}; got {t.dtype}")
         if t.device != x.device or not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, on the device of x, {x.device}; got {t.device}")
-    if taps.shape[1] < C or taps.shape[1] % 128:
-        raise ValueError(f"taps must have shape ({rows}, {C} rounded up to 128s); got {tuple(taps.shape)}")
+    if taps.shape[1] < C or taps.shape[1] % taps_block:
+        raise ValueError(f"taps must have shape ({rows}, {C} rounded up to {taps_block}s); got {tuple(taps.shape)}")
 
 
 def _by_cuda(c: Tensor, weight: Tensor) -> bool:
@@ -120,7 +120,7 @@ def _split_gated_cnn_block(
 
     _check(
         (x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, taps, fc2_weight, fc2_bias),
-        scale, act,
+        scale, act, block_launch.TAPS_BLOCK,
     )  # fmt: skip
     x, first_c = x.contiguous(), 2 * fc2_weight.shape[1] - conv_weight.shape[0]
     c_weight, c_bias = fc1_weight[first_c:], fc1_bias[first_c:]

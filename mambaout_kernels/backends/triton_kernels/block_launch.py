@@ -6,7 +6,10 @@ from torch import Tensor
 
 from . import block_tiles, tiles
 from .block import depthwise_fwd, gated_linear_fwd, gated_mlp_fwd, layer_norm_fwd, norm_linear_fwd
-from .launch import _blocks, _constants, _guard, _pack, _vector, architecture
+from .conv import PACK_BLOCK
+from .launch import _aligned, _blocks, _constants, _guard, _pack, _vector, architecture
+
+TAPS_BLOCK = int(PACK_BLOCK.value)  # rows of `pack_filter` are multiples of it
 
 
 def _precision() -> str:
@@ -58,10 +61,9 @@ def depthwise(x: Tensor, taps: Tensor, K: int) -> Tensor:
     if not y.numel():
         return y
     vector = _vector(x, C)
-    aligned = vector * x.element_size() == tiles.VECTOR_BYTES
-    tile = tiles.choose(architecture(x.device), "forward", 8 * x.element_size(), W, K, aligned)
+    tile = tiles.choose(architecture(x.device), "forward", 8 * x.element_size(), W, K, _aligned(vector, x))
     programs, *blocks = _blocks(tile, (N, H, W), C)
-    pack_blocks = taps.shape[1] // 128
+    pack_blocks = taps.shape[1] // TAPS_BLOCK
     with _guard(x):
         depthwise_fwd[(programs,)](x, taps, y, H, W, C, pack_blocks, *blocks, VEC=vector, **_constants(tile, K))
     return y
