@@ -146,7 +146,9 @@ def test_the_audit_compiles_what_is_launched(compiled, dtype, D, C):
         tile = tiles.choose(target, NAMES[name], bits, SMALL.W, 7, D == 64)
         configuration = audit.Configuration(NAMES[name], target, dtype, tile, aligned=D == 64)
         function, constants = audit._kernel(configuration)
-        types, known = audit._signature(function, constants, element, target.startswith("gfx"))
+        types, known = audit._signature(
+            function, constants, lambda name: element if name in audit._TYPED else "fp32", target.startswith("gfx")
+        )
         assert given["signature"] == types
         assert {k: v for k, v in given["configs"][0].items() if v} == known
         assert {function.arg_names[place]: value for (place,), value in given["constants"].items()} == constants
