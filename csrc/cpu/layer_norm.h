@@ -1,6 +1,8 @@
 // LayerNorm of pixels. Needs simd/loops.h before it.
 #pragma once
 
+#include <cfloat>
+
 #include "gemm/left_factor.h"
 
 namespace mambaout_kernels::cpu {
@@ -19,10 +21,10 @@ void norm_pixels(const From* from, std::int64_t from_step, std::int64_t dim, std
     return map<kCount>([&](int i) { return sum_of_lanes(sums.vec[i]) / static_cast<float>(dim); });
   };
   const auto zeros = map<kCount>([](int) { return broadcast(0.0f); });
-  auto sum = zeros;
-  for_each_vector<L>(dim, [&](std::int64_t d, int lanes) { sum = sum + load_all(d, lanes); });
-  const auto means = mean_of(sum);
-  const auto mean = map<kCount>([&](int i) { return broadcast(means.vec[i]); });
+  const auto share = broadcast(1.0f / static_cast<float>(dim));  // of each channel in the mean: no sum overflows
+  auto shares = zeros;
+  for_each_vector<L>(dim, [&](std::int64_t d, int lanes) { shares = fma(load_all(d, lanes), share, shares); });
+  const auto mean = map<kCount>([&](int i) { return broadcast(sum_of_lanes(shares.vec[i])); });
   // The rounding error of the mean, which is the mean of x - mean, is subtracted too. Otherwise a pixel of equal
   // channels, whose norm is zero, would give that error times 1 / sqrt(eps).
   auto squares = zeros, rest = zeros;
@@ -36,7 +38,9 @@ void norm_pixels(const From* from, std::int64_t from_step, std::int64_t dim, std
   const auto offsets = mean_of(rest), means_of_squares = mean_of(squares);
   const auto off = map<kCount>([&](int i) { return broadcast(offsets.vec[i]); });
   const auto scale = map<kCount>([&](int i) {
-    const float variance = means_of_squares.vec[i] - offsets.vec[i] * offsets.vec[i];
+    const float error = offsets.vec[i] * offsets.vec[i];
+    // Inf - Inf would be NaN, where a variance of Inf makes the norm 0.
+    const float variance = means_of_squares.vec[i] - (error > FLT_MAX ? FLT_MAX : error);
     return broadcast(1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps));
   });
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {

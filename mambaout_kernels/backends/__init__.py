@@ -9,11 +9,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import preferences
 
@@ -56,29 +58,41 @@ def _usable(name: str) -> str:
     return name
 
 
-# Process-wide, not per thread: the backward of a forced forward may run on autograd's own threads.
-_forced: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
-if _forced is not None and _forced not in NAMES:
-    raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {_forced!r}")
+_default: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None  # of the process
+if _default is not None and _default not in NAMES:
+    raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {_default!r}")
+_forced: ContextVar[str | None] = ContextVar("mambaout_kernels.backends.forced", default=None)
 
 
 def forced() -> str | None:
-    """The backend that `force` or the environment asks for, or None."""
-    return _forced
+    """The backend that is asked for: here by `force`, or in the process by `set_default` or the environment; or None."""
+    return _forced.get() or _default
 
 
 @contextmanager
-def force(name: str) -> Iterator[None]:
-    """Run every call of the process on one backend inside the `with` block.
+def force(name: str | None) -> Iterator[None]:
+    """Run the calls inside the `with` block on one backend: those of this thread or asyncio task, and their backward.
+
+    None leaves the choice as it is. Other threads, and the backward of functions that torch.compile made, which runs on
+    threads of PyTorch on a GPU: `set_default`.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot be used here.
     """
-    global _forced
-    previous, _forced = _forced, _usable(name)
+    previous = _forced.get()
+    _forced.set(previous if name is None else _usable(name))
     try:
         yield
     finally:
-        _forced = previous
+        _forced.set(previous)
+
+
+def set_default(name: str | None) -> None:
+    """Run every call of the process on one backend, but for those inside `force`; None: on the best for each call.
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot be used here.
+    """
+    global _default
+    _default = None if name is None else _usable(name)
 
 
 @functools.cache
@@ -100,8 +114,9 @@ def select(u: Tensor, weight: Tensor, backward: bool = False) -> Backend:
     The forced one; else, of the available ones that support device and dtype, the one that is (on the CPU) or is
     predicted to be (see preferences.py) the fastest; else the reference.
     """
-    if _forced is not None:
-        return _select_forced(_forced, u, weight)
+    name = forced()
+    if name is not None:
+        return _select_forced(name, u, weight)
     key = (u.device.type, u.device.index, u.dtype)
     usable = _usable_for.get(key)
     if usable is None:
@@ -132,21 +147,37 @@ if torch.cuda.is_available():
     _no_kernels["cuda"] = _without_kernels("cuda")
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work, which know PyTorch's own operators only."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+# Compilers call it as they trace: what torch.compiler.assume_constant_result does, which imports all of the compiler.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def preferred(device_type: str) -> str:
     """The name of the backend that calls on this type of device run on, as far as the device alone decides."""
-    if _forced is not None:
-        return _forced
+    if _transformed():
+        return "reference"
+    name = forced()
+    if name is not None:
+        return name
     available = _no_kernels.get(device_type, "none") is None
     return _CANDIDATES[device_type][0] if available and len(_CANDIDATES[device_type]) == 1 else "reference"
 
 
 def uses_reference(device_type: str) -> bool:
-    """Whether calls on this type of device run as plain PyTorch: forced to, or for lack of anything faster.
+    """Whether calls on this type of device run as plain PyTorch.
 
-    Warns once per type of device on which a compiled or Triton backend could be had.
+    They do where the reference is forced, under `torch.func` and forward-mode AD, and for lack of anything faster. The
+    last warns once per type of device on which a compiled or Triton backend could be had.
     """
-    if _forced is not None:
-        return _forced == "reference"
+    name = forced()
+    if name == "reference" or _transformed():
+        return True
+    if name is not None:
+        return False
     if device_type not in _no_kernels:
         return True
     reason = _no_kernels[device_type]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backends import cpu
 from ..models import MambaOut
-from ..nn.eligibility import has_hooks
+from ..nn.plain import has_hooks
 from ..ops import gated_cnn_blocks
 from ..version import __version__
 from .model import InferenceModel

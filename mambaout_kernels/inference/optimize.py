@@ -13,8 +13,9 @@ from ..integrations import patching
 from ..models import MambaOut
 from ..nn import FusedGatedCNNBlock
 from ..nn.downsample import Downsample, Stem
-from ..nn.eligibility import conv3x3s2_reason, gated_cnn_block_reason, has_hooks, head_reason
+from ..nn.eligibility import conv3x3s2_reason, gated_cnn_block_reason, head_reason
 from ..nn.head import Head
+from ..nn.plain import has_hooks
 from . import split_blocks
 from .model import InferenceModel, Part
 from .parts import FusedHead, PackedBlocks, PackedDownsample, PackedStem
@@ -105,9 +106,10 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
 
 def _own_memory(frozen: nn.Module, model: nn.Module) -> None:
     """What still lies in the original's memory gets its own."""
-    theirs = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    strided = (t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided)
+    theirs = {t.untyped_storage().data_ptr() for t in strided}
     for t in (*frozen.parameters(), *frozen.buffers()):
-        if t.untyped_storage().data_ptr() in theirs:
+        if t.layout != torch.strided or t.untyped_storage().data_ptr() in theirs:
             t.data = t.data.clone()
 
 

@@ -5,16 +5,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..backends import cpu
-from ..nn.eligibility import GatedCNNBlock, activation_name, layer_scale_of
+from ..nn.eligibility import GatedCNNBlock
+from ..nn.plain import activation_name, layer_scale_of
 from ..ops import conv3x3s2 as conv_op
 from ..ops import gated_cnn_blocks as blocks_op
 from ..ops.head import head
 
 
 def refuse_gradients(x: Tensor) -> None:
-    if torch.is_grad_enabled() and x.requires_grad:
+    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if tangent or (torch.is_grad_enabled() and x.requires_grad):
         raise RuntimeError(
             "x requires a gradient, which an inference model does not compute: call the model that it was made from"
         )

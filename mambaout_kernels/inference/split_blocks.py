@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .. import backends
 from ..backends import cuda, triton
 from ..nn.alignment import padding, spread, with_zeros
-from ..nn.eligibility import GatedCNNBlock, activation_name, gated_cnn_block_reason, layer_scale_of
+from ..nn.eligibility import GatedCNNBlock, gated_cnn_block_reason
+from ..nn.plain import activation_name, layer_scale_of
 from ..ops.split_block import NARROW, pack_filter, split_gated_cnn_block
 from .parts import refuse_gradients
 

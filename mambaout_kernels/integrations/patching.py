@@ -14,7 +14,6 @@ from torch import nn
 
 from .. import backends
 from ..nn import FusedGatedCNNBlock
-from ..nn.eligibility import activation_name
 
 # The names that the authors' repository and timm give to the block.
 BLOCK_CLASS_NAMES = ("GatedCNNBlock", "GatedConvBlock")
@@ -103,8 +102,6 @@ def fuse(block: nn.Module) -> None:
     vars(block).update(added, _added_by_patch=tuple(added))
     original: Any = type(block)
     block.__class__ = fused_class(original)
-    act: Any = block.act
-    activation_name(act)  # known to compilers from now on
 
 
 def patch(model: _Model) -> _Model:

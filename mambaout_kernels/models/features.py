@@ -35,7 +35,7 @@ class Stages(nn.Module):
         blocks: Any = self.stages[stage]
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return blocks(x)
-        for block in blocks:
+        for block in blocks if isinstance(blocks, nn.Sequential) else (blocks,):  # a wrapped stage as a whole
             own = block.training and getattr(block, "recompute", False)
             x = block(x) if own else checkpoint(block, x, use_reentrant=False)
         return x

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from .eligibility import GatedCNNBlock, gated_dwconv_reason, is_plain_linear, is_plain_tensor
+from .eligibility import GatedCNNBlock, gated_dwconv_reason
 from .linear import Weights
+from .plain import is_plain_linear
 
 _ACCESS = 16  # bytes
 _ALWAYS = 8  # channels that are whole accesses in every dtype of these
@@ -72,8 +73,6 @@ def _plain_weights(block: GatedCNNBlock) -> tuple[Weights, Weights] | None:
     if not (is_plain_linear(fc1) and is_plain_linear(fc2)) or gated_dwconv_reason(block) is not None:
         return None
     one, two = Weights(fc1.weight, fc1.bias), Weights(fc2.weight, fc2.bias)
-    if not all(p is None or is_plain_tensor(p) for p in (*one, *two)):
-        return None
     hidden, dim = block.split_indices[0], block.dim
     fits = one.weight.shape == (2 * hidden, dim) and two.weight.shape == (dim, hidden)
     return (one, two) if fits and one.weight.dtype == two.weight.dtype else None

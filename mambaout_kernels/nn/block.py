@@ -22,9 +22,10 @@ from ..backends.checks import MAX_KERNEL_SIZE
 from ..ops import gated_dwconv
 from .alignment import aligned, with_zeros
 from .causal import CausalConv2d
-from .eligibility import activation_name, gated_dwconv_reason
+from .eligibility import gated_dwconv_reason
 from .layers import DropPath, LayerScale
 from .linear import linear, norm_linear
+from .plain import activation_name
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 

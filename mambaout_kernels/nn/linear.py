@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops import linear as ops
 from ..ops.norm_linear import norm_linear as norm_linear_op
-from .eligibility import is_plain_layer_norm, is_plain_linear
+from .plain import is_plain_layer_norm, is_plain_linear
 
 
 class Weights(NamedTuple):

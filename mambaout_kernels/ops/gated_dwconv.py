@@ -82,11 +82,13 @@ def _backward_fake(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str
 def _save_forward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
     *tensors, ctx.act = inputs
     ctx.save_for_backward(*tensors)
+    ctx.backend = backends.forced()  # here: backward may run on a thread of autograd's
 
 
 def _differentiate_forward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     u, weight, bias = ctx.saved_tensors
-    gradients = _backward_op(dy, u, weight, bias, ctx.act)
+    with backends.force(ctx.backend):
+        gradients = _backward_op(dy, u, weight, bias, ctx.act)
     return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)), None)
 
 

@@ -1,8 +1,11 @@
 """Which backend runs."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +39,79 @@ def test_force_nests():
         with backends.force("reference"):
             pass
         assert backends.forced() == "reference"
+
+
+def test_force_is_of_its_thread_alone():
+    """Threads that overlap, each of which ends in the middle of the other."""
+    inside, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with backends.force("reference"):
+            seen.append(backends.forced())
+            inside.set()
+            leave.wait()
+        seen.append(backends.forced())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait()
+    assert backends.forced() is None
+    with backends.force("reference"):
+        leave.set()
+        thread.join()
+        assert backends.forced() == "reference"
+    assert seen == ["reference", None]
+    assert backends.forced() is None
+
+
+def test_force_is_of_its_asyncio_task_alone():
+    async def task(name):
+        with backends.force(name):
+            await asyncio.sleep(0)
+            return backends.forced()
+
+    async def both():
+        return await asyncio.gather(task("reference"), task(None), task("reference"))
+
+    assert asyncio.run(both()) == ["reference", None, "reference"]
+
+
+def test_the_default_is_of_all_threads_and_below_force(monkeypatch):
+    monkeypatch.setattr(backends, "_default", None)
+    backends.set_default("reference")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(backends.forced).result() == "reference"
+    if backends.status()["cpu"] is None:
+        with backends.force("cpu"):
+            assert backends.forced() == "cpu"
+    with backends.force(None):
+        assert backends.forced() == "reference"
+    for name, error in (("tpu", ValueError), ("cuda", RuntimeError)):
+        if name == "tpu" or backends.status()[name] is not None:
+            with pytest.raises(error):
+                backends.set_default(name)
+    assert backends.forced() == "reference"
+    backends.set_default(None)
+    assert backends.forced() is None
+
+
+@pytest.mark.skipif(backends.status()["cpu"] is not None, reason="needs two backends")
+def test_backward_runs_where_its_forward_did(monkeypatch):
+    """On whichever thread: autograd has some of its own, and a user may have, too."""
+    inputs = make_inputs(1, 4, 4, 8, 4, 3)
+    u = inputs.u.requires_grad_()
+    with backends.force("cpu"):
+        y = gated_dwconv(u, inputs.weight, inputs.bias)
+    seen = []
+    select = backends.select
+    monkeypatch.setattr(
+        backends, "select", lambda *args, **kwargs: seen.append(backends.forced()) or select(*args, **kwargs)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(y.sum().backward).result()
+    assert seen == ["cpu"]
+    assert u.grad.abs().max() > 0
 
 
 def test_unknown_backend():

@@ -15,7 +15,7 @@ from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.benchmarking.inputs import enlivened
 from mambaout_kernels.nn.block import LAYER_NORM
 from mambaout_kernels.nn.downsample import Downsample, Stem
-from mambaout_kernels.nn.eligibility import activation_name, layer_scale_of
+from mambaout_kernels.nn.plain import activation_name, layer_scale_of
 from mambaout_kernels.nn.head import Head
 from mambaout_kernels.ops import conv3x3s2 as conv_op
 from mambaout_kernels.ops import gated_cnn_blocks as blocks_op
@@ -270,10 +270,8 @@ def test_empty_batch(isa, op):
     assert run(torch.randn(0, 6, 4, channels)).shape == (0, *run(torch.randn(1, 6, 4, channels)).shape[1:])
 
 
-@pytest.mark.parametrize("op", RUNS)
-def test_not_a_number_stays_where_it_is(isa, op):
-    x = torch.randn(2, 9, 9, RUNS[op][0])
-    x[1, 4, 4, 3] = torch.nan
+def run_op(op, x):
+    """(of the op, eager's) on random weights."""
     if op == "block":
         module = make_block(12, kernel_size=3)
         found = blocks_op.gated_cnn_blocks(x, pack_block(module))
@@ -283,8 +281,29 @@ def test_not_a_number_stays_where_it_is(isa, op):
     else:
         module = Pooled(*make_head())
         found = run_head(module.norm, module.head, x)
-    assert torch.equal(found.isnan(), by_modules(module, x)[0].isnan())
+    return found, by_modules(module, x)[0]
+
+
+@pytest.mark.parametrize("op", RUNS)
+def test_not_a_number_stays_where_it_is(isa, op):
+    x = torch.randn(2, 9, 9, RUNS[op][0])
+    x[1, 4, 4, 3] = torch.nan
+    found, eager = run_op(op, x)
+    assert torch.equal(found.isnan(), eager.isnan())
     assert not found.isnan().all()
+
+
+@pytest.mark.parametrize("value", [1e15, 1e25, 1e30, -1e37, 3e38])
+@pytest.mark.parametrize("op", RUNS)
+def test_a_large_pixel_is_finite_where_it_is_for_eager(isa, op, value):
+    """Also where its variance overflows: eager then has a norm of 0."""
+    x = torch.randn(2, 9, 9, RUNS[op][0])
+    x[1, 4, 4, 3] = value
+    found, eager = run_op(op, x)
+    finite = eager.isfinite()
+    assert found[finite].isfinite().all()
+    assert abs(value) > 1e37 or finite.all()
+    torch.testing.assert_close(found[finite], eager[finite], rtol=1e-3, atol=1e-3)
 
 
 def test_joined_blocks_are_the_blocks_one_after_the_other(isa):

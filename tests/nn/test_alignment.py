@@ -98,9 +98,9 @@ def test_where_it_pays(monkeypatch):
     with backends.force("reference"):
         assert not prefers_alignment("cpu")
     assert not prefers_alignment("meta")
-    monkeypatch.setattr(backends, "_forced", "triton")
+    monkeypatch.setattr(backends, "_default", "triton")
     assert prefers_alignment("cpu")
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "_default", None)
     monkeypatch.setitem(backends._no_kernels, "cuda", None)
     assert prefers_alignment("cuda")
     monkeypatch.setitem(backends._no_kernels, "cuda", "nothing there")

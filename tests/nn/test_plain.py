@@ -1,0 +1,244 @@
+"""What is not the plain module that its name says is called, not replaced by an op."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mambaout_kernels import FusedGatedCNNBlock, create_model, optimize_for_inference
+
+pytestmark = pytest.mark.filterwarnings("ignore:FusedGatedCNNBlock runs as")
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x * 0.5  # in evaluation too
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(-1, 1, dim))
+
+    def forward(self, x):
+        return x * self.gamma.exp()
+
+
+class SiLU(nn.Module):
+    def forward(self, x):
+        return torch.where(x > 8, 3 * x, F.silu(x))
+
+
+class GELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+def make_block(**parts):
+    torch.manual_seed(0)
+    block = FusedGatedCNNBlock(8, kernel_size=3, ls_init_value=0.5).eval()
+    with torch.no_grad():
+        block.fc1.weight.mul_(20)  # beyond 8
+    for name, part in parts.items():
+        setattr(block, name, part)
+    return block, 3 * torch.randn(1, 4, 4, 8)
+
+
+def called(block, x):
+    """The block's formula, by calls of its modules."""
+    g, i, c = block.fc1(block.norm(x)).split(block.split_indices, dim=-1)
+    c = block.conv(c.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return block.drop_path(block.ls(block.fc2(block.act(g) * torch.cat((i, c), dim=-1)))) + x
+
+
+def check(block, x, parts=1):
+    """That both ways of inference, and training, call what they have to; `parts`: how many stay modules."""
+    expected = called(block, x)
+    torch.testing.assert_close(block(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+        inference = optimize_for_inference(block)
+        torch.testing.assert_close(inference(x), expected)
+    assert [part.fused for part in inference.report()] == [False] * parts, str(inference.report())
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"drop_path": DropPath()}, {"ls": LayerScale(8)}, {"act": SiLU()}, {"act": GELU()}],
+    ids=lambda part: type(next(iter(part.values()))).__name__,
+)
+def test_a_class_is_not_known_by_its_name(part):
+    check(*make_block(**part))
+
+
+def test_a_class_that_stands_where_timms_would_is_known():
+    layers = pytest.importorskip("timm.layers")
+    block, x = make_block(act=layers.GELUTanh(), ls=layers.LayerScale(8, 0.25), drop_path=layers.DropPath(0.5))
+    block.norm = layers.LayerNorm(8)
+    block.eval()
+    inference = optimize_for_inference(block)
+    assert all(part.fused for part in inference.report()), str(inference.report())
+    with torch.no_grad():
+        torch.testing.assert_close(inference(x), called(block, x), rtol=1e-4, atol=1e-4)
+
+
+def doubled(forward):
+    def twice(self, *args):
+        return 2 * forward(self, *args)
+
+    return twice
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["another function", "a decorated one"])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.GELU, nn.Conv2d, nn.Identity])
+def test_a_forward_that_was_replaced_on_the_class_is_called(monkeypatch, kind, wrapped):
+    block, x = make_block(drop_path=nn.Identity())
+    before = block(x)
+    forward = kind.forward
+    replacement = functools.wraps(forward)(doubled(forward)) if wrapped else doubled(forward)
+    monkeypatch.setattr(kind, "forward", replacement)
+    if kind is nn.Identity:
+        replacement_of_identity = block.drop_path(x)
+        assert not torch.equal(replacement_of_identity, x)
+    check(block, x)
+    monkeypatch.undo()
+    torch.testing.assert_close(block(x), before)
+    assert all(part.fused for part in optimize_for_inference(block).report())
+
+
+def test_a_call_that_was_replaced_on_all_modules_is_made(monkeypatch):
+    block, x = make_block()
+    seen = []
+    call = nn.Module.__call__
+
+    def watching(self, *args, **kwargs):
+        seen.append(type(self))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", watching)
+    block(x)
+    assert {nn.LayerNorm, nn.Linear, nn.GELU, nn.Conv2d} <= set(seen)
+
+
+class Doubling(TorchFunctionMode):
+    """Every linear layer twice."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is F.linear else result
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["training", "evaluation"])
+def test_a_function_mode_sees_what_is_called(gradients):
+    block, x = make_block()
+    with torch.set_grad_enabled(gradients):
+        before = block(x)
+        with Doubling():
+            torch.testing.assert_close(block(x), called(block, x))
+            assert not torch.allclose(block(x), before)
+        torch.testing.assert_close(block(x), before)
+
+
+def test_the_mode_of_a_default_device_changes_nothing():
+    block, _ = make_block()
+    with torch.device("cpu"):
+        assert block.unfused_reason() is None
+
+
+class TwiceAsLarge(torch.Tensor):
+    """A weight whose linear product is twice its own, as a quantized weight's is not that of its bytes."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, bias = args
+            return F.linear(x, 2 * weight.as_subclass(torch.Tensor), bias)
+        if function in (F.layer_norm, torch.conv2d):
+            args = [2 * a.as_subclass(torch.Tensor) if isinstance(a, TwiceAsLarge) else a for a in args]
+            return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2", "conv"])
+def test_weights_that_are_no_plain_tensors_are_left_to_pytorch(name):
+    block, x = make_block()
+    module = getattr(block, name)
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(TwiceAsLarge), requires_grad=False)
+    with torch.no_grad():
+        check(block, x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_weights_are_left_to_pytorch():
+    block, x = make_block()
+    block.fc1.weight = nn.Parameter(block.fc1.weight.detach().to_sparse_csr(), requires_grad=False)
+    with torch.no_grad():
+        check(block, x)
+
+
+@pytest.mark.parametrize("shape", [(), (-1,), (-1, 1), (1, -1)], ids=str)
+@pytest.mark.parametrize("name", ["fc1.weight", "fc2.weight", "conv.weight", "norm.weight", "ls.gamma", "fc1.bias"])
+def test_weights_of_another_shape_are_an_error_of_pytorchs(name, shape):
+    """Or computed as PyTorch does, which broadcasts some: never read as if they had the right shape."""
+    block, x = make_block()
+    module_name, parameter = name.split(".")
+    module = block.get_submodule(module_name)
+    old = getattr(module, parameter).detach()
+    setattr(module, parameter, nn.Parameter(old.flatten()[0].clone() if shape == () else old.reshape(shape)))
+    if getattr(module, parameter).shape == old.shape:
+        return
+    with torch.no_grad():
+        reason = optimize_for_inference(block).report()[0].reason
+        assert reason is not None
+        try:
+            expected = called(block, x)
+        except (RuntimeError, IndexError):
+            with pytest.raises((RuntimeError, ValueError)):
+                block(x)
+        else:
+            torch.testing.assert_close(block(x), expected)
+
+
+def test_a_filter_of_another_size_than_the_convs_is_not_padded_as_its_own():
+    block, x = make_block()
+    block.conv.weight = nn.Parameter(torch.randn(8, 1, 5, 5))
+    with pytest.raises(RuntimeError):
+        called(block, x)
+    with pytest.raises(RuntimeError):
+        block(x)
+
+
+def test_a_filter_that_is_too_large_for_the_op_is_composed():
+    block, x = make_block()
+    block.conv = nn.Conv2d(8, 8, 33, padding=16, groups=8)
+    check(block, x)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_wrapped_stage_runs(checkpointing):
+    torch.manual_seed(0)
+    model = create_model("mambaout_femto", depths=(1, 2, 1, 1), dims=(8, 8, 16, 16))
+    wrapped = copy.deepcopy(model)
+    wrapped.stages[1] = Wrapper(wrapped.stages[1])
+    wrapped.set_grad_checkpointing(checkpointing)
+    x = torch.randn(1, 3, 33, 33)
+    for network in (model, wrapped):
+        network(x).square().sum().backward()
+    for p, q in zip(model.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    inference = optimize_for_inference(wrapped.eval())
+    torch.testing.assert_close(inference(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+    assert all(part.fused for part in inference.report())
