@@ -52,6 +52,53 @@ def test_eight_threads_call_one_model(model, dtype, optimized):
             assert all(torch.equal(y, alone) for y in outputs)
 
 
+def test_threads_in_different_precisions_do_not_mix(model):
+    """float32, and bfloat16 by autocast, which is of its thread alone."""
+    x = images(2)
+
+    def call(low):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return model(x)
+
+    alone = [call(low) for low in (False, True)]
+    assert alone[0].dtype != alone[1].dtype
+    at_once = threading.Barrier(THREADS)
+
+    def work(i):
+        at_once.wait()
+        return [call(i % 2 == 1) for _ in range(8)]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for i, outputs in enumerate(pool.map(work, range(THREADS))):
+            assert all(y.dtype == alone[i % 2].dtype and torch.equal(y, alone[i % 2]) for y in outputs)
+
+
+def test_a_load_beside_calls_leaves_the_new_weights(model):
+    """What is called while weights are written may be of both; what is called afterwards is of the new ones."""
+    x = images(1)
+    others = [{k: v + 0.1 * i * torch.randn_like(v) for k, v in model.state_dict().items()} for i in range(6)]
+    stop = threading.Event()
+
+    def call():
+        with torch.no_grad():
+            while not stop.is_set():
+                model(x)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for weights in others:
+        model.load_state_dict(weights)
+        time.sleep(0.02)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    again = mk.create_model("test_mambaout", num_classes=7).eval()
+    again.load_state_dict(others[-1])
+    with torch.no_grad():
+        assert torch.equal(model(x), again(x))
+
+
 def test_eight_threads_train_copies(model):
     """Forward and backward on autograd's threads: the gradients of each are those of the same step alone."""
     x = images(2)

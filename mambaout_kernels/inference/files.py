@@ -125,15 +125,24 @@ def load_inference_model(path: str | os.PathLike[str], model: nn.Module | None =
         dtype = _DTYPES[metadata["dtype"]]
         described = {name: (str(kind), dict(own)) for name, (kind, own) in json.loads(metadata["modules"]).items()}
         if model is None:
-            with torch.device("meta"):
-                skeleton: nn.Module = MambaOut(**json.loads(metadata["architecture"]))
-            model = skeleton.to_empty(device="cpu")
+            model = _skeleton(json.loads(metadata["architecture"]), sum(t.nbytes for t in state.values()), dtype)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} holds damaged metadata: {error!r}") from error
     loaded = optimize_for_inference(model, dtype=dtype)
     _assign(loaded.model, state, path)
     _check_described(_described(loaded.model), described, path)
     return loaded
+
+
+def _skeleton(architecture: dict[str, Any], held: int, dtype: torch.dtype) -> nn.Module:
+    """A model of this architecture, if a file that holds so many bytes of weights can have all of its weights."""
+    blocks = sum(architecture.get("depths", ()))
+    if blocks * 128 <= held:  # what packed weights of nothing take
+        with torch.device("meta"):
+            skeleton: nn.Module = MambaOut(**architecture)
+        if sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize <= held:
+            return skeleton.to_empty(device="cpu")
+    raise ValueError(f"an architecture with more weights than the {held} bytes that there are")
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

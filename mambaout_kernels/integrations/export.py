@@ -18,7 +18,7 @@ from .. import backends
 
 @contextmanager
 def plain_aten() -> Iterator[None]:
-    """Inside the `with` block, every block is traced and run as separate ATen operators, in the whole process."""
+    """Inside the `with` block, blocks are traced and run as separate ATen operators: those that this thread calls."""
     with backends.force("reference"):
         yield
 

@@ -63,6 +63,36 @@ def test_fp32_parameters_beside_low_precision(isa, dtype):
     assert cpu.gated_dwconv_backward(inputs.dy, *inputs, "gelu")[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_results_are_rounded_to_nearest_even(isa, dtype):
+    """One pixel, no activation, c = 1: every result is one product, exact in float32, rounded once."""
+    D, C = 8192, 4096
+    bits = {torch.bfloat16: 7, torch.float16: 10}[dtype]
+
+    def numbers(count):
+        return ((1 + torch.randint(2**bits, (count,)) / 2**bits) * (2.0 * torch.randint(2, (count,)) - 1)).to(dtype)
+
+    g, i, dy = numbers(D), numbers(D - C), numbers(D)
+    u = torch.cat((g, i, torch.ones(C, dtype=dtype))).view(1, 1, 1, 2 * D)
+    inputs = Inputs(u, torch.zeros(C, 1, 1, 1, dtype=dtype), torch.zeros(C, dtype=dtype), dy.view(1, 1, 1, D))
+    y, du, dweight, dbias = run(inputs, "identity")
+    of_g = dy.float() * g.float()
+    products = {
+        "y": (y.flatten()[: D - C], g[: D - C].float() * i.float()),
+        "dg": (du.flatten()[: D - C], dy[: D - C].float() * i.float()),
+        "di": (du.flatten()[D : 2 * D - C], of_g[: D - C]),
+        "dweight": (dweight.flatten(), of_g[D - C :]),
+        "dbias": (dbias, of_g[D - C :]),
+    }
+    for name, (actual, product) in products.items():
+        rounded = product.to(dtype)
+        unit = 2.0 ** (product.abs().log2().floor() - bits)
+        ties = (rounded.float() - product).abs() == unit / 2
+        up = ties & (rounded.float().abs() > product.abs())
+        assert 0 < up.sum() < ties.sum(), name  # both happen
+        assert torch.equal(actual, rounded), name
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 4, 4, 8, 4, 7), (2, 0, 4, 8, 4, 7), (2, 4, 0, 8, 4, 7), (1, 4, 4, 0, 0, 7)], ids=str
 )

@@ -310,6 +310,12 @@ def test_damaged_tensors(path):
         refused(path, said)
 
 
+def enlarged(metadata, key):
+    """An architecture that would take all memory, or all time, to build."""
+    architecture = json.loads(metadata["architecture"])
+    return json.dumps({**architecture, key: [*architecture[key][:-1], 10**8]})
+
+
 def test_damaged_metadata(path):
     for change, said in (
         (lambda metadata: metadata.pop("dtype"), "damaged metadata"),
@@ -318,6 +324,8 @@ def test_damaged_metadata(path):
         (lambda metadata: metadata.update(architecture="{"), "damaged metadata"),
         (lambda metadata: metadata.update(architecture="[]"), "damaged metadata"),
         (lambda metadata: metadata.update(architecture='{"widths": 3}'), "damaged metadata.*widths"),
+        (lambda metadata: metadata.update(architecture=enlarged(metadata, "dims")), "more weights than the .* bytes"),
+        (lambda metadata: metadata.update(architecture=enlarged(metadata, "depths")), "more weights than the .* bytes"),
         (lambda metadata: metadata.pop("modules"), "damaged metadata"),
         (lambda metadata: metadata.update(modules="[]"), "damaged metadata"),
         (lambda metadata: metadata.update(modules=json.dumps({"": "x"})), "damaged metadata"),

@@ -15,8 +15,8 @@ from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.benchmarking.inputs import enlivened
 from mambaout_kernels.nn.block import LAYER_NORM
 from mambaout_kernels.nn.downsample import Downsample, Stem
-from mambaout_kernels.nn.plain import activation_name, layer_scale_of
 from mambaout_kernels.nn.head import Head
+from mambaout_kernels.nn.plain import activation_name, layer_scale_of
 from mambaout_kernels.ops import conv3x3s2 as conv_op
 from mambaout_kernels.ops import gated_cnn_blocks as blocks_op
 from mambaout_kernels.ops.head import head as head_op

@@ -124,6 +124,36 @@ def test_a_call_that_was_replaced_on_all_modules_is_made(monkeypatch):
     assert {nn.LayerNorm, nn.Linear, nn.GELU, nn.Conv2d} <= set(seen)
 
 
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("name", ["norm", "fc1", "act", "conv", "fc2", "ls"])
+def test_every_hook_of_a_part_is_called(name, hook):
+    block, x = make_block()
+    seen = []
+    handle = getattr(block.get_submodule(name), f"register_{hook}")(lambda *_: seen.append(1))
+    block(x.requires_grad_()).sum().backward()
+    assert seen == [1]
+    handle.remove()
+    block(x).sum().backward()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_all_modules_are_called_for_every_part(hook):
+    block, x = make_block()
+    seen = []
+    register = getattr(nn.modules.module, f"register_module_{hook}")
+    handle = register(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        block(x.requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+    assert {"LayerNorm", "Linear", "GELU", "Conv2d", "LayerScale", "FusedGatedCNNBlock"} <= set(seen)
+    assert seen.count("Linear") == 2
+
+
 class Doubling(TorchFunctionMode):
     """Every linear layer twice."""
 

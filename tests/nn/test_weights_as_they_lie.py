@@ -6,6 +6,7 @@ from a weight is kept. As a script it prints how often the next call obeyed:
     python tests/nn/test_weights_as_they_lie.py [trials]
 """
 
+import copy
 import functools
 import sys
 import threading
@@ -366,6 +367,40 @@ def test_functional_call_obeys_and_leaves_the_model_alone(kind):
             expected = torch.func.functional_call(model, others, (x,))
         assert distance(called, before) > 3 * ALIKE
         assert distance(called, expected) <= ALIKE
+        assert torch.equal(model(x), before)
+
+
+def shallow(model):
+    twin = copy.copy(model)
+    twin._parameters, twin._modules = dict(model._parameters), {k: shallow(m) for k, m in model._modules.items()}
+    return twin
+
+
+def replica(model):
+    """As torch.nn.parallel.replicate makes one: of attributes instead of parameters."""
+    twin = model._replicate_for_data_parallel()
+    for name, p in model._parameters.items():
+        setattr(twin, name, p if p is None else p.detach().clone())
+    for name, module in model._modules.items():
+        setattr(twin, name, replica(module))
+    return twin
+
+
+@pytest.mark.parametrize("twin_of", [shallow, replica])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_copy_computes_with_its_own_weights(kind, twin_of):
+    model, x = fresh(kind), images(kind)
+    with torch.no_grad():
+        before = model(x)
+        twin = twin_of(model)
+        fc1 = block_of(twin).fc1
+        if twin_of is shallow:
+            fc1._parameters["weight"] = nn.Parameter(other(fc1.weight))
+        else:
+            fc1.weight.copy_(other(fc1.weight))
+        expected = by_modules(twin, x)
+        assert distance(twin(x), expected) <= ALIKE
+        assert distance(twin(x), before) > 3 * ALIKE
         assert torch.equal(model(x), before)
 
 
