@@ -32,9 +32,9 @@ def has_hooks(module: nn.Module) -> bool:
         return True
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
-    if torch.compiler.is_compiling():  # compilers refuse hooks on all modules, or see to them
-        return False
-    return _any_global_hook is None or bool(_any_global_hook()) or nn.Module.__call__ is not _call
+    if _any_global_hook is None or _any_global_hook():
+        return True
+    return nn.Module.__call__ is not _call and not torch.compiler.is_compiling()  # exporters replace it, too
 
 
 def watched() -> bool:
@@ -42,7 +42,7 @@ def watched() -> bool:
 
     That of `torch.set_default_device` changes those only that make tensors.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:  # exporters have modes of their own
         return False
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 

@@ -110,6 +110,20 @@ def test_a_forward_that_was_replaced_on_the_class_is_called(monkeypatch, kind, w
     assert all(part.fused for part in optimize_for_inference(block).report())
 
 
+class Linear(nn.Module):
+    def forward(self, x):
+        return 2 * F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(("kind", "other"), [(nn.Linear, Linear), (nn.GELU, nn.Softsign)], ids=["by name", "by module"])
+def test_a_forward_of_another_class_is_called(monkeypatch, kind, other):
+    block, x = make_block()
+    before = block(x)
+    monkeypatch.setattr(kind, "forward", other.forward)
+    check(block, x)
+    assert not torch.allclose(block(x), before)
+
+
 def test_a_call_that_was_replaced_on_all_modules_is_made(monkeypatch):
     block, x = make_block()
     seen = []
@@ -152,6 +166,35 @@ def test_hooks_of_all_modules_are_called_for_every_part(hook):
         handle.remove()
     assert {"LayerNorm", "Linear", "GELU", "Conv2d", "LayerScale", "FusedGatedCNNBlock"} <= set(seen)
     assert seen.count("Linear") == 2
+
+
+def test_hooks_of_all_modules_are_compiled_too():
+    block, x = make_block()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: 2 * y if type(module) is nn.GELU else y
+    )
+    try:
+        expected = block(x)
+        compiled = torch.compile(block, backend="eager")
+        torch.testing.assert_close(compiled(x), expected)
+    finally:
+        handle.remove()
+    assert not torch.allclose(block(x), expected)
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_a_compiled_and_an_exported_block_are_fused():
+    block, x = make_block()
+    found = []
+
+    def see(graph, _):
+        found.append(str(graph.graph))
+        return graph
+
+    torch.compile(block, backend=see, fullgraph=True)(x)
+    found.append(str(torch.export.export(block, (x,)).graph))
+    assert all("gated_dwconv" in graph for graph in found)
+    assert len(found) == 2
 
 
 class Doubling(TorchFunctionMode):
