@@ -1,5 +1,6 @@
 """Fused kernels for MambaOut (CVPR 2025, arXiv 2405.07992): the Gated CNN block and its models."""
 
+from . import interrupt  # isort: skip  # noqa: F401 - before torch is imported
 from . import backends
 from .inference import InferenceModel, load_inference_model, optimize_for_inference
 from .integrations import patch, unpatch

@@ -28,7 +28,9 @@ SLOW = (
     "test_fallback_install", "test_generated", "test_gpu_acceptance", "test_peers", "test_timm",
     "test_triton_variants", "test_wheel",
     "test_aotinductor", "test_bench_block_measures_memory", "test_bench_model_on_photographs",
-    "test_bench_writes_what_it_measured", "test_environment_variable", "test_memory_of_an_inference",
+    "test_bench_writes_what_it_measured", "test_environment_variable", "test_a_process_and_its_pipe",
+    "test_interrupt_of_a_process", "test_interrupt_while_torch_is_imported",
+    "test_another_process_that_imports_the_package_handles_interrupts_itself", "test_memory_of_an_inference",
     "test_the_table_is_what_the_machine_code_predicts", "test_unpickles_in_another_process",
 )  # fmt: skip
 

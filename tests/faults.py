@@ -222,7 +222,7 @@ FAULTS = [
     FaultySource("csrc/cpu/gated_cnn_block/dispatch.cpp",
                  "return k - at.identity < shape.C ? k - at.identity + identity : -1;",
                  "return k - at.identity + identity;", "tests/csrc/test_cpu_launch.py -k 'block and plain'"),
-    FaultySource("csrc/cpu/layer_norm.h", "(error > FLT_MAX ? FLT_MAX : error)", "error",
+    FaultySource("csrc/cpu/layer_norm.h", "(error > __FLT_MAX__ ? __FLT_MAX__ : error)", "error",
                  "tests/inference/test_packed_ops.py -k large_pixel"),
     # Rounding of results.
     FaultySource("csrc/cpu/simd/convert.h", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u",

@@ -1,8 +1,6 @@
 // LayerNorm of pixels. Needs simd/loops.h before it.
 #pragma once
 
-#include <cfloat>
-
 #include "gemm/left_factor.h"
 
 namespace mambaout_kernels::cpu {
@@ -40,7 +38,7 @@ void norm_pixels(const From* from, std::int64_t from_step, std::int64_t dim, std
   const auto scale = map<kCount>([&](int i) {
     const float error = offsets.vec[i] * offsets.vec[i];
     // Inf - Inf would be NaN, where a variance of Inf makes the norm 0.
-    const float variance = means_of_squares.vec[i] - (error > FLT_MAX ? FLT_MAX : error);
+    const float variance = means_of_squares.vec[i] - (error > __FLT_MAX__ ? __FLT_MAX__ : error);
     return broadcast(1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps));
   });
   for_each_vector<L>(dim, [&](std::int64_t d, int lanes) {

@@ -65,7 +65,7 @@ _forced: ContextVar[str | None] = ContextVar("mambaout_kernels.backends.forced",
 
 
 def forced() -> str | None:
-    """The backend that is asked for: here by `force`, or in the process by `set_default` or the environment; or None."""
+    """The backend asked for: here by `force`, or in the process by `set_default` or the environment; or None."""
     return _forced.get() or _default
 
 

@@ -1,15 +1,23 @@
 """The command line: mambaout-kernels info | check | bench | classify | analyze | audit | tune."""
 
 import argparse
+import io
+import os
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
 
-from .. import __version__
-from . import analyze, audit, bench, check, classify, info, tune
-from .terminal import UsageError
+from .. import __version__, interrupt
+from .terminal import UsageError, WrongResult, printable
+
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
 
 
 def parser() -> argparse.ArgumentParser:
+    from . import analyze, audit, bench, check, classify, info, tune  # here, where main handles an interrupt
+
     top = argparse.ArgumentParser(
         prog="mambaout-kernels",
         description="Fused kernels for MambaOut's Gated CNN block: what runs here, is it right, how fast.",
@@ -22,13 +30,51 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 when a result is wrong, 2 when the command cannot be done as given, 130 when interrupted."""
-    args = parser().parse_args(argv)
+    """Exit status: 0; 1 when a result is wrong; 2 when the command cannot be done as given, or out of memory; 130 when
+    interrupted; 141, without a word, when the reader of the output has closed it, as `head` does.
+    """
+    interrupt.is_an_exception()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if sys.stdout is None:
+        return _end("error: standard output is closed", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of an encoding that may not have every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return args.run(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        try:
+            args = parser().parse_args(argv)
+            status: int = args.run(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _end("interrupted", 130)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        _discard(sys.stderr)
+        return 141
+    except UsageError as error:
+        return _end(f"error: {error}", 2)
+    except WrongResult as error:
+        return _end(f"error: {error}", 1)
+    except OSError as error:
+        _discard(sys.stdout)
+        return _end(f"error: {error.filename or 'standard output'}: {error.strerror or error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _end(f"error: out of memory: {str(error).partition(chr(10))[0]}".rstrip(": "), 2)
+    return status
+
+
+def _end(text: str, status: int) -> int:
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+    return status
+
+
+def _discard(stream: TextIO) -> None:
+    """What could not be written is not tried again when Python ends."""
+    with suppress(OSError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

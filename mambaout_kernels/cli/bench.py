@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,19 @@ from ..benchmarking.run import Outcome, WorkerError
 from ..benchmarking.run import run as run_jobs
 from ..benchmarking.worker import Job
 from ..benchmarking.workloads import Cell
-from .terminal import UsageError, comma_list, one_of, positive, positive_seconds, progress, require, show_table
+from .terminal import (
+    UsageError,
+    check_writable,
+    comma_list,
+    one_of,
+    positive,
+    positive_seconds,
+    printable,
+    progress,
+    require,
+    show_table,
+    writing,
+)
 
 _MODES = {**{mode: mode for mode in workloads.MODES}, "infer": "fwd"}
 _HELP = {
@@ -107,6 +120,7 @@ def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
 def run(args: argparse.Namespace) -> int:
     _require(args)
     jobs = _jobs(args)
+    _check_memory(jobs)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     del settings["run"]
     warnings = machine.unquiet()
@@ -116,11 +130,15 @@ def run(args: argparse.Namespace) -> int:
         with progress(sum(job.steps for job in jobs)) as step:
             outcome = run_jobs(jobs, lambda job, text: step(f"{text}, {_threads(job.threads)}"))
     except WorkerError as error:
-        raise UsageError(f"the benchmark stopped: {error}") from None
+        reason, _, log = str(error).partition("\n")
+        told = reason if "allocate memory" in reason else f"{reason}\n{log}"
+        raise UsageError(f"the benchmark stopped: {told}") from None
     warnings += outcome.disturbances + report.spread(outcome.rows)
-    _show(args, outcome, warnings)
-    if args.out is not None:
-        _write(args, outcome, settings, warnings)
+    try:
+        _show(args, outcome, warnings)
+    finally:  # also where nobody reads what is shown
+        if args.out is not None:
+            _write(args, outcome, settings, warnings)
     return 1 if report.red(outcome.rows) else 0
 
 
@@ -132,15 +150,28 @@ def _require(args: argparse.Namespace) -> None:
     if args.out is not None and args.plot:
         require("matplotlib", "matplotlib", "bench", "the plot (--no-plot leaves it out)")
     if args.out is not None:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {args.out}: {error.strerror}") from None
+        for path in _files(args):
+            check_writable("--out", path)
     cores = len(machine.usable_cores())
     if max(args.threads) > cores:
         raise UsageError(f"--threads {max(args.threads)}: this process may use {cores} cores")
     if args.what == "overhead" and (reason := backends.status()["cpu"]) is not None:
         raise UsageError(f"bench overhead measures over the compiled CPU op: {reason}")
+
+
+def _check_memory(jobs: Sequence[Job]) -> None:
+    """Refuse what cannot fit before the system ends the process for it."""
+    if not hasattr(os, "sysconf"):
+        return
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for cell in (cell for job in jobs for cell in (*job.timed, *job.memory)):
+        shape = cell.shape
+        u = cell.batch * shape.height * shape.width * 2 * shape.hidden * workloads.DTYPES[cell.dtype].itemsize
+        if u > available:
+            raise UsageError(
+                f"--batch {cell.batch}: u of {shape.label} alone takes {u / 1e9:.0f} GB, this machine has "
+                f"{available / 1e9:.0f} GB"
+            )
 
 
 def _device(wanted: str) -> str:
@@ -257,15 +288,21 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
 
 def _write(args: argparse.Namespace, outcome: Outcome, settings: dict[str, Any], warnings: Sequence[str]) -> None:
     document = report.document(args.what, outcome, settings, warnings)
-    written = [args.out / f"{args.what}.json", args.out / f"{args.what}.csv"]
-    report.write_json(written[0], document)
-    report.write_csv(written[1], outcome.rows)
-    if args.plot:
-        about = document["machine"]
-        title = f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {about['torch']}, {document['created']}"
-        path = args.out / f"{args.what}.png"
-        written += [path] * plot.draw(path, _plotted(outcome.rows), title)
-    print("written:", ", ".join(map(str, written)))
+    json_file, csv_file, *png_file = _files(args)
+    written = [json_file, csv_file]
+    with writing("--out", args.out):
+        report.write_json(json_file, document)
+        report.write_csv(csv_file, outcome.rows)
+        for path in png_file:
+            about = document["machine"]
+            hardware = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
+            title = f"{hardware}, torch {about['torch']}, {document['created']}"
+            written += [path] * plot.draw(path, _plotted(outcome.rows), title)
+    print("written:", ", ".join(printable(str(path)) for path in written))
+
+
+def _files(args: argparse.Namespace) -> list[Path]:
+    return [args.out / f"{args.what}.{suffix}" for suffix in ("json", "csv", "png")[: 2 + args.plot]]
 
 
 def _plotted(rows: Sequence[Row]) -> list[Row]:

@@ -2,17 +2,19 @@
 
 import argparse
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
 
-from ..benchmarking import photographs
+from .. import images
 from ..benchmarking.workloads import DTYPES
 from ..inference import optimize_for_inference
 from ..models import VARIANTS, create_model
 from ..weights.checkpoints import load_into
-from .terminal import UsageError, one_of, positive, require, show_table
+from .terminal import UsageError, WrongResult, one_of, positive, require, show_table
+
+_LARGEST = 2048  # of --size; the largest model then takes 2 GB
 
 _WHERE = (
     "download model.safetensors from https://huggingface.co/models?search=timm/{name}, "
@@ -40,17 +42,20 @@ def run(args: argparse.Namespace) -> int:
     require("timm", "timm", "cli", "naming ImageNet's classes")
     require("PIL", "pillow", "cli", "reading images")
     size = args.size or (160 if args.model == "test_mambaout" else 224)
+    if size > _LARGEST:
+        raise UsageError(f"--size must be at most {_LARGEST}, got {size}")
     model = create_model(args.model).eval()
     try:
         load_into(model, args.weights)
     except FileNotFoundError as error:
         raise UsageError(f"--weights: {error}; {_WHERE.format(name=args.model)}") from None
-    except (ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"--weights: {error}") from None
-    batch = torch.stack([_read(path, size) for path in args.images])
+    for path in args.images:
+        if not os.path.isfile(path):
+            raise UsageError(f"IMAGE {path} does not exist, or is no file")
     fast = optimize_for_inference(model, dtype=DTYPES[args.dtype])
-    with torch.inference_mode():
-        probabilities = torch.cat([fast(image[None]).float().softmax(dim=1) for image in batch])
+    probabilities = torch.cat([_probabilities(fast, path, size, args.weights) for path in args.images])
     values, indices = probabilities.topk(min(args.topk, probabilities.shape[1]))
     names = _class_names()
     results = [
@@ -61,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         for path, *per_image in zip(args.images, values.tolist(), indices.tolist(), strict=True)
     ]  # fmt: skip
     if args.json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps(results, indent=1, allow_nan=False))
         return 0
     for result in results:
         lines = [[f"{c['probability']:.1%}", c["name"], str(c["index"])] for c in result["classes"]]
@@ -69,13 +74,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: str, size: int) -> torch.Tensor:
-    if not Path(path).is_file():
-        raise UsageError(f"IMAGE {path} does not exist, or is no file")
+def _probabilities(model: Any, path: str, size: int, weights: str) -> torch.Tensor:
+    """(1, classes)"""
     try:
-        return photographs.read(path, size)
+        image = images.read(path, size)
     except OSError as error:
         raise UsageError(f"IMAGE {path} cannot be read as an image: {error}") from None
+    with torch.inference_mode():
+        logits = model(image[None]).float()
+    if not logits.isfinite().all():
+        raise WrongResult(f"IMAGE {path} cannot be classified: with --weights {weights} its logits are NaN or infinite")
+    return logits.softmax(dim=1)
 
 
 def _class_names() -> Any:

@@ -1,10 +1,12 @@
 """What the commands print: tables and progress, by rich where it is installed and shown to a person."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
@@ -12,6 +14,34 @@ _Item = TypeVar("_Item")
 
 class UsageError(Exception):
     """The command cannot be done as given; the text says why and what would do."""
+
+
+class WrongResult(Exception):
+    """The command was done, and what it computed is no result; the text says why."""
+
+
+def printable(text: str) -> str:
+    """Control characters, and bytes of file names that are not text, as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def check_writable(argument: str, path: Path) -> None:
+    """UsageError, before a run, when its results cannot be written to `path`; makes the folders on the way."""
+    with writing(argument, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = os.path.lexists(path)
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+
+
+@contextmanager
+def writing(argument: str, path: Path) -> Iterator[None]:
+    """UsageError instead of an OSError while `path` is written."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{argument} {path} cannot be written: {error.strerror or error}") from None
 
 
 def require(module: str, package: str, extra: str, purpose: str) -> None:
@@ -41,9 +71,9 @@ def one_of(allowed: Sequence[str]) -> Callable[[str], str]:
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    """An argparse type: an integer from 1 to 2^31 - 1."""
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer below 2^31")
     return int(text)
 
 
@@ -66,6 +96,7 @@ def show_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str
     """A table on stdout; nothing without lines."""
     if not lines:
         return
+    title, lines = printable(title), [[printable(text) for text in line] for line in lines]
     if not _rich():
         widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
         print(f"\n{title}")
@@ -76,14 +107,19 @@ def show_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    class Output(Console):
+        def on_broken_pipe(self) -> None:  # instead of ending the process
+            raise
+
+    # Text: what comes in brackets is no markup.
+    table = Table(title=Text(title, style="bold"), title_justify="left")
     for heading in headings:
-        table.add_column(heading)
+        table.add_column(Text(heading))
     for line in lines:
         style = "red" if any(text.startswith(("WRONG", "FAILED")) for text in line) else None
         table.add_row(*map(Text, line), style=style)
     # Into a file or a pipe, every line whole.
-    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+    console = Output(width=None if sys.stdout.isatty() else 240, highlight=False)
     console.print()
     console.print(table)
 
@@ -104,7 +140,7 @@ def progress(total: int) -> Iterator[Callable[[str], Any]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=total)
         started = 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from .terminal import UsageError, comma_list, positive, progress, show_table
+from .terminal import UsageError, check_writable, comma_list, positive, printable, progress, show_table, writing
 
 
 def add_to(commands: Any) -> None:
@@ -41,14 +41,15 @@ def run(args: argparse.Namespace) -> int:
     unknown = set(args.dtype) - set(DTYPES)
     if unknown:
         raise UsageError(f"--dtype must be in {', '.join(DTYPES)}; got {', '.join(sorted(unknown))}")
+    out = args.out or tiles.cache_path()
+    check_writable("--out", out)
     stages = [(s.height, s.width, s.hidden, s.conv_channels, s.act) for s in shapes.stages(args.variant)]
     with progress(len(stages) * len(args.dtype)) as announce:
         rows, lines = tune(stages, args.batch, [DTYPES[name] for name in args.dtype], announce)
-    out = args.out or tiles.cache_path()
     tuned = {row.arch for row in rows}
     others = [row for row in tiles.cached() if row.arch not in tuned] if args.out is None else []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(tiles.as_json([*rows, *others]), indent=1) + "\n", encoding="utf-8")
+    with writing("--out", out):
+        out.write_text(json.dumps(tiles.as_json([*rows, *others]), indent=1) + "\n", encoding="utf-8")
     show_table("Fastest tiles", ("kernel", "bits", "width", "tile", "ms", "shipped ms"), lines)
-    print(f"wrote {out}")
+    print(f"wrote {printable(str(out))}")
     return 0

@@ -12,6 +12,8 @@ import argparse
 import os
 import pickle
 import re
+import stat
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,17 +76,24 @@ def load_checkpoint(path: str | os.PathLike[str], ema: bool = True) -> dict[str,
 
     A .safetensors file, or one of torch.save (.pth, .pt, .bin, .tar, .ckpt) holding a state_dict, bare or wrapped in a
     training checkpoint ("state_dict", "model", ...). If it holds averaged weights too, `ema` chooses them. Nothing in
-    the file is executed: only tensors and plain containers are unpickled.
+    the file is executed: only tensors and plain containers are unpickled. It takes no more memory than the file's size.
 
-    Raises FileNotFoundError; ValueError for a file that is truncated, is of another kind, holds pickled code, or holds
-    no MambaOut; ImportError for a .safetensors file without the safetensors package.
+    Raises:
+        OSError: FileNotFoundError, IsADirectoryError, PermissionError or what else keeps the file from being read.
+        ValueError: a file that is truncated or damaged, is of another kind, holds pickled code, holds no MambaOut, or
+            holds a tensor that is not dense or has more elements than memory (expanded).
+        ImportError: a .safetensors file without the safetensors package.
     """
+    return read_checkpoint(path, ema, mmap=False)
+
+
+def read_checkpoint(path: str | os.PathLike[str], ema: bool, mmap: bool) -> dict[str, torch.Tensor]:
+    """load_checkpoint; with `mmap`, tensors to copy from at once, which are views of the file if it can be mapped."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: {path} does not exist, or is no file")
+    _check_readable(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path: {path} ends in {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, mmap)
     state_dict = {_KEY_PREFIXES.sub("", key): value for key, value in _unwrap(content, path, ema).items()}
     try:
         if any(key.startswith("stem.") for key in state_dict):
@@ -96,22 +105,40 @@ def load_checkpoint(path: str | os.PathLike[str], ema: bool = True) -> dict[str,
     return state_dict
 
 
+def _check_readable(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("rb").close()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"path: {path} does not exist") from None
+    except OSError as error:
+        raise type(error)(f"path: {path} cannot be read: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"path: {path} is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"path: {path} is not a regular file")
+
+
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError:
         raise ImportError(f"path: reading {path} needs the safetensors package: pip install safetensors") from None
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"path: {path} is not a complete safetensors file: {error}") from error
+        content: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
+        return content
+    except Exception as error:  # of several types, by where the damage is
+        raise ValueError(f"path: {path} is not a complete safetensors file: {error}") from None
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, mmap: bool) -> Any:
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _refuse_compressed(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments alongside
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
         # torch's own message goes on to recommend weights_only=False
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
@@ -120,8 +147,18 @@ def _read_pickle(path: Path) -> Any:
                 f"containers could run any code"
             ) from None
         raise ValueError(f"path: {path} is damaged, or was not written by torch.save") from None
-    except (EOFError, RuntimeError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"path: {path} is truncated, damaged, or was not written by torch.save: {error!r}") from error
+    except Exception as error:  # of nearly any type, by where the damage is
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if "weights_only" in reason:  # torch recommends to run what the file holds
+            reason = "TorchScript and torch's old .tar files are not read"
+        raise ValueError(f"path: {path} is truncated, damaged, or was not written by torch.save: {reason}") from None
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save does not compress; a small file that unpacks to a large one was made to exhaust the memory."""
+    with zipfile.ZipFile(path) as file:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist()):
+            raise ValueError("its records are compressed")
 
 
 def _unwrap(content: Any, path: Path, ema: bool) -> dict[str, torch.Tensor]:
@@ -133,6 +170,8 @@ def _unwrap(content: Any, path: Path, ema: bool) -> dict[str, torch.Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"path: {path} holds no state_dict: its {key!r} is a {type(value).__name__}, not a tensor")
+        if (reason := _not_plain(value)) is not None:
+            raise ValueError(f"path: {path} holds {key!r} {reason}; allowed: dense tensors with all of their elements")
     return dict(content)
 
 
@@ -140,18 +179,36 @@ def _described(content: Any) -> str:
     return "an empty dict" if isinstance(content, Mapping) else f"a {type(content).__name__}"
 
 
+def _not_plain(t: torch.Tensor) -> str | None:
+    """Why a tensor is not simply a block of memory that can be read and written, or None."""
+    if type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return f"as a {type(t).__name__}"
+    if t.is_nested or t.is_quantized:
+        return "as a nested tensor" if t.is_nested else "as a quantized tensor"
+    if t.layout != torch.strided:
+        return f"in layout {t.layout}"
+    if t.is_meta:
+        return "on the meta device, without values"
+    if any(step == 0 and length > 1 for step, length in zip(t.stride(), t.shape, strict=True)):
+        return "expanded: elements share memory"
+    stored = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    return f"with {t.numel()} elements in memory for {stored}" if t.numel() > stored else None
+
+
 def load_into(model: MambaOut, path: str | os.PathLike[str], ema: bool = True) -> None:
     """Load a file's weights into `model`, in place, cast to the model's dtypes and devices.
 
-    Every name, shape and dtype is checked before the first tensor is copied: on any error the model is as it was.
-    Raises what load_checkpoint raises, and ValueError when the file's tensors are not the model's.
+    Every tensor is checked and cast before the first is copied: on any error the model is as it was. Where dtypes or
+    devices differ, takes the memory of the model once more; that of the file only in torch's format before 1.6.
+
+    Raises what load_checkpoint raises, and ValueError when the file's tensors are not the model's, or when a tensor of
+    the model cannot be written: on the meta device, expanded, without memory, or an inference tensor.
     """
-    copy_into(model, load_checkpoint(path, ema), os.fspath(path))
+    copy_into(model, read_checkpoint(path, ema, mmap=True), os.fspath(path))
 
 
-def copy_into(model: MambaOut, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a state_dict in the authors' layout, strictly; ValueError, before anything is copied, if it does not fit."""
-    expected = model.state_dict()
+def check_fit(expected: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """ValueError unless a state_dict has the names, shapes and kinds of dtype of `expected`, which may be on meta."""
     problems = [f"{key} is missing" for key in expected if key not in state_dict]
     problems += [f"{key} is not in the model" for key in state_dict if key not in expected]
     for key in state_dict.keys() & expected.keys():
@@ -166,19 +223,43 @@ def copy_into(model: MambaOut, state_dict: Mapping[str, torch.Tensor], source: s
             f"path: {source} does not fit the model in {len(problems)} of {len(expected)} tensors: {shown}. "
             f"It holds {describe(state_dict)}; the model is {describe(expected)}"
         )
-    model.load_state_dict(state_dict)
+
+
+def copy_into(model: MambaOut, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load a state_dict in the authors' layout, strictly; ValueError, before anything is copied, if it cannot be."""
+    expected = model.state_dict()
+    check_fit(expected, state_dict, source)
+    cast = {}
+    for key, own in expected.items():
+        reason = _not_plain(own)
+        if own.is_inference() and not torch.is_inference_mode_enabled():
+            reason = "as an inference tensor, which only torch.inference_mode() can write"
+        if reason is not None:
+            raise ValueError(f"model has {key!r} {reason}: {source} cannot be loaded into it")
+        try:
+            cast[key] = state_dict[key].to(own.device, own.dtype)
+        except NotImplementedError:
+            raise ValueError(
+                f"path: {source} holds {key!r} of {state_dict[key].dtype}, which torch cannot cast to {own.dtype}"
+            ) from None
+    model.load_state_dict(cast)
 
 
 def classes_of(state_dict: Mapping[str, torch.Tensor]) -> int:
     """How many classes a state_dict in the authors' layout tells apart; 0 without a classifier."""
-    return len(state_dict.get("head.fc2.bias", ()))
+    return _length(state_dict, "head.fc2.bias")
+
+
+def _length(state_dict: Mapping[str, torch.Tensor], key: str) -> int:
+    """Of a vector; 0 where there is none."""
+    return state_dict[key].shape[0] if key in state_dict and state_dict[key].ndim else 0
 
 
 def _stages(state_dict: Mapping[str, torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(depths, dims)."""
     blocks = {(int(m[1]), int(m[2])) for key in state_dict if (m := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
     depths = tuple(sum(stage == s for s, _ in blocks) for stage in sorted({s for s, _ in blocks}))
-    return depths, tuple(len(state_dict.get(f"stages.{stage}.0.fc2.bias", ())) for stage in range(len(depths)))
+    return depths, tuple(_length(state_dict, f"stages.{stage}.0.fc2.bias") for stage in range(len(depths)))
 
 
 def variants_of(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
@@ -186,8 +267,8 @@ def variants_of(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
     depths, dims = _stages(state_dict)
     # Of the first block: (hidden, convolved channels, layer scale)
     block = (
-        len(state_dict.get("stages.0.0.fc1.bias", ())) // 2,
-        len(state_dict.get("stages.0.0.conv.bias", ())),
+        _length(state_dict, "stages.0.0.fc1.bias") // 2,
+        _length(state_dict, "stages.0.0.conv.bias"),
         "stages.0.0.ls.gamma" in state_dict,
     )
     return [

@@ -3,13 +3,14 @@
 import math
 import os
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..models import VARIANTS, MambaOut, create_model
-from .checkpoints import SUFFIXES, classes_of, copy_into, describe, load_checkpoint, variants_of
+from .checkpoints import SUFFIXES, check_fit, classes_of, copy_into, describe, read_checkpoint, variants_of
 
 # Tags of the weights that timm publishes as huggingface.co/timm/<variant>.<tag>, its default first.
 HUB_TAGS: dict[str, tuple[str, ...]] = {
@@ -57,11 +58,15 @@ def from_pretrained(
 
     Raises:
         ValueError: an unknown name; a file that load_checkpoint refuses, or whose tensors are not the variant's.
-        FileNotFoundError: no such file. ImportError: huggingface_hub or safetensors is needed and missing.
+        OSError: no such file (FileNotFoundError), or one that cannot be read (PermissionError, ...).
+        ImportError: huggingface_hub or safetensors is needed and missing.
         RuntimeError: the hub's file can neither be found nor fetched.
+
+    Takes the memory of the model, which is not made before the file's tensors are found to fit it; that of the file
+    only in torch's format before 1.6.
     """
     named, path = _locate(name_or_path, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
-    state_dict = load_checkpoint(path, ema)
+    state_dict = read_checkpoint(path, ema, mmap=True)
     names = [variant or named] if variant or named else variants_of(state_dict)
     if not names:
         raise ValueError(
@@ -71,14 +76,25 @@ def from_pretrained(
     file_classes = classes_of(state_dict)
     num_classes = file_classes if num_classes is None else num_classes
     in_chans = _file_channels(state_dict) if in_chans is None else in_chans
-    model = create_model(str(names[0]), num_classes=num_classes, in_chans=in_chans, **overrides)
-    if num_classes != file_classes:
-        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(_CLASSIFIER)}
-        state_dict |= {key: value for key, value in model.state_dict().items() if key.startswith(_CLASSIFIER)}
+    create = partial(create_model, str(names[0]), num_classes=num_classes, in_chans=in_chans, **overrides)
+    with torch.device("meta"):
+        expected = create().state_dict()
+    fresh = num_classes != file_classes  # the last linear, which stays as initialised
+    if fresh:
+        state_dict = {key: t for key, t in state_dict.items() if not key.startswith(_CLASSIFIER)}
+        state_dict |= _classifier(expected)
     if _FIRST_CONV in state_dict:
         state_dict[_FIRST_CONV] = adapt_first_conv(state_dict[_FIRST_CONV], in_chans)
+    check_fit(expected, state_dict, str(path))
+    model = create()
+    if fresh:
+        state_dict |= _classifier(model.state_dict())
     copy_into(model, state_dict, str(path))
     return model
+
+
+def _classifier(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: t for key, t in state_dict.items() if key.startswith(_CLASSIFIER)}
 
 
 def _file_channels(state_dict: dict[str, torch.Tensor]) -> int:
@@ -103,9 +119,9 @@ def _locate(
 ) -> tuple[str | None, Path]:
     """(variant if the name tells it, file)."""
     name = os.fspath(name_or_path)
-    if not isinstance(name_or_path, str) or Path(name).exists() or Path(name).suffix in SUFFIXES:
+    if not isinstance(name_or_path, str) or os.path.exists(name) or Path(name).suffix in SUFFIXES:
         path = Path(name)
-        if path.is_dir():
+        if os.path.isdir(path):
             found = [path / file for file in HUB_FILES if (path / file).is_file()]
             if not found:
                 raise FileNotFoundError(f"name_or_path: folder {path} holds none of {', '.join(HUB_FILES)}")

@@ -245,6 +245,15 @@ def test_weights_that_are_no_plain_tensors_are_left_to_pytorch(name):
         check(block, x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_dynamically_quantized_block_runs():
+    block, x = make_block()
+    quantized = torch.ao.quantization.quantize_dynamic(block, {nn.Linear}, dtype=torch.qint8)
+    assert type(quantized.fc1) is not nn.Linear
+    with torch.no_grad():
+        check(quantized, x)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_sparse_weights_are_left_to_pytorch():
     block, x = make_block()

@@ -3,6 +3,8 @@ import copy
 import os
 import pickle
 import sys
+import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -102,6 +104,38 @@ def test_load_into(model, tmp_path):
     assert all(p.dtype == torch.bfloat16 for p in half.parameters())
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_else_a_file_holds_takes_no_memory(small, tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    torch.save({"model": small.state_dict(), "optimizer": torch.zeros(25_000_000)}, path)
+    load, taken = torch.load, []
+
+    def anonymous_bytes():
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+    def measured(*args, **kwargs):
+        before = anonymous_bytes()
+        content = load(*args, **kwargs)
+        taken.append(anonymous_bytes() - before)
+        return content
+
+    monkeypatch.setattr(torch, "load", measured)
+    load_into(copy.deepcopy(small), path)
+    assert taken[0] < 20_000_000
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_was_loaded_outlives_the_file(suffix, small, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    expected = {key: value + 1 for key, value in small.state_dict().items()}
+    save(path, expected)
+    model = copy.deepcopy(small)
+    load_into(model, path)
+    path.write_bytes(b"")
+    assert equal(model.state_dict(), expected)
+
+
 class TouchesAFile:
     def __init__(self, path):
         self.path = path
@@ -125,9 +159,32 @@ def with_code(path, state_dict):
     return {"model": state_dict, "extra": TouchesAFile(str(path.parent / "pwned"))}
 
 
+def compress(path, state_dict):
+    """A file of some kilobytes that unpacks to 20 megabytes."""
+    save(path, {**state_dict, "head.fc2.weight": torch.zeros(20_000, 256)})
+    with zipfile.ZipFile(path) as file:
+        records = {record.filename: file.read(record) for record in file.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in records.items():
+            file.writestr(name, content)
+
+
+def make_hole(path, state_dict):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+
+
+class BytesBeyondMemory:
+    def __reduce__(self):
+        return bytearray, (1 << 60,)
+
+
 # kind: (file name, what to write there, given a path and a good state_dict; words of the error)
 BAD_FILES = {
     "missing": ("a.pth", lambda path, sd: None, "does not exist"),
+    "folder": ("a.pth", lambda path, sd: path.mkdir(), "is a folder, not a file"),
+    "pipe": ("a.pth", lambda path, sd: os.mkfifo(path), "is not a regular file"),
+    "name too long": (300 * "x" + ".pth", lambda path, sd: None, "cannot be read: File name too long"),
     "another type": ("a.onnx", save, "ends in '.onnx'; allowed: .safetensors, .pth"),
     "truncated": ("a.pth", lambda path, sd: (save(path, sd), halve(path)), "truncated"),
     "truncated legacy": ("a.pth", lambda path, sd: (save(path, sd, legacy=True), halve(path)), "truncated"),
@@ -146,6 +203,13 @@ BAD_FILES = {
     "list": ("a.pth", lambda path, sd: save(path, [1, 2]), "holds no state_dict, but a list"),
     "empty dict": ("a.pth", lambda path, sd: save(path, {}), "holds no state_dict, but an empty dict"),
     "not tensors": ("a.pth", lambda path, sd: save(path, {"model": {"norm.bias": 1.0}}), "'norm.bias' is a float"),
+    "tensor": ("a.pth", lambda path, sd: save(path, torch.ones(3)), "holds no state_dict, but a Tensor"),
+    "pickled list": ("a.pth", lambda path, sd: path.write_bytes(pickle.dumps([1, 2], 2)), "not written by torch.save"),
+    "tar": ("a.tar", lambda path, sd: tarfile.open(path, "w").close(), "old .tar files are not read"),
+    "compressed": ("a.pth", compress, "its records are compressed"),
+    "hole": ("a.pth", make_hole, "truncated, damaged, or was not written by torch.save"),
+    "hole safetensors": ("a.safetensors", make_hole, "not a complete safetensors file"),
+    "memory": ("a.pth", lambda path, sd: save(path, {"model": BytesBeyondMemory()}), "not written by torch.save: Mem"),
     "another net": ("a.pth", lambda path, sd: save(path, {"fc.weight": torch.ones(3)}), "not a MambaOut .*'fc.weight'"),
     "two layouts": ("a.pth", lambda path, sd: save(path, {**sd, **to_timm(sd)}), "not a MambaOut .*'downsample_lay"),
 }
@@ -156,12 +220,105 @@ def test_bad_files(kind, small, tmp_path):
     name, write, message = BAD_FILES[kind]
     write(tmp_path / name, small.state_dict())
     before = copy.deepcopy(small.state_dict())
-    with pytest.raises(FileNotFoundError if kind == "missing" else ValueError, match=message) as caught:
+    of_system = {"missing": FileNotFoundError, "folder": IsADirectoryError, "pipe": OSError, "name too long": OSError}
+    with pytest.raises(of_system.get(kind, ValueError), match=message) as caught:
         load_into(small, tmp_path / name)
     assert str(caught.value).startswith(f"path: {tmp_path / name} ")
     assert "weights_only=False" not in str(caught.value)
     assert equal(small.state_dict(), before)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.fixture
+def without_privileges():
+    """Root may read everything: act as nobody, who may not enter this test's folder."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_may_not_be_read(suffix, small, tmp_path, request):
+    path = tmp_path / f"a{suffix}"
+    save(path, small.state_dict())
+    path.chmod(0)
+    request.getfixturevalue("without_privileges")
+    with pytest.raises(PermissionError) as caught:
+        load_into(small, path)
+    assert str(caught.value) == f"path: {path} cannot be read: Permission denied"
+
+
+# kind: (the tensor of a file in place of head.fc1.weight, words of the error)
+NOT_PLAIN = {
+    "sparse": (lambda t: t.to_sparse(), "in layout torch.sparse_coo"),
+    "CSR": (lambda t: t.to_sparse_csr(), "in layout torch.sparse_csr"),
+    "meta": (lambda t: t.to("meta"), "on the meta device, without values"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "as a quantized tensor"),
+    "nested": (lambda t: torch.nested.nested_tensor(list(t)), "as a nested tensor"),
+    "jagged": (lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged), "as a NestedTensor"),
+    "expanded": (lambda t: t[:1].expand(t.shape), "expanded: elements share memory"),
+    "overlapping": (lambda t: torch.ones(319).as_strided(t.shape, (1, 1)), "with 16384 elements in memory for 319"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, that sparse and nested tensors are in beta
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_a_tensor_that_is_not_plain_leaves_the_model_untouched(kind, small, tmp_path):
+    make, said = NOT_PLAIN[kind]
+    changed = {key: value + 1 for key, value in small.state_dict().items()}
+    torch.save({**changed, "head.fc1.weight": make(changed["head.fc1.weight"].clone())}, tmp_path / "a.pth")
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(ValueError, match=rf"a\.pth holds 'head\.fc1\.weight' {said}; allowed: dense tensors"):
+        load_into(small, tmp_path / "a.pth")
+    assert equal(small.state_dict(), before)
+
+
+def unwritable_meta(norm):
+    norm.bias = torch.nn.Parameter(norm.bias.to("meta"))
+
+
+def unwritable_expanded(norm):
+    norm.bias = torch.nn.Parameter(norm.bias.detach()[:1].expand(64))
+
+
+def unwritable_inference(norm):
+    with torch.inference_mode():
+        norm._parameters["bias"] = torch.zeros(64)
+
+
+def unwritable_released(norm):
+    norm.bias.untyped_storage().resize_(0)
+
+
+UNWRITABLE = {
+    unwritable_meta: "on the meta device, without values",
+    unwritable_expanded: "expanded: elements share memory",
+    unwritable_inference: r"as an inference tensor, which only torch\.inference_mode\(\) can write",
+    unwritable_released: "with 64 elements in memory for 0",
+}
+
+
+@pytest.mark.parametrize("change", UNWRITABLE, ids=lambda change: change.__name__)
+def test_a_model_that_cannot_be_written_is_left_untouched(change, small, tmp_path):
+    torch.save({key: value + 1 for key, value in small.state_dict().items()}, tmp_path / "a.pth")
+    model, others = copy.deepcopy(small), drop(small.state_dict(), "norm.bias")
+    change(model.norm)
+    with pytest.raises(ValueError, match=f"^model has 'norm.bias' {UNWRITABLE[change]}: .*cannot be loaded into it"):
+        load_into(model, tmp_path / "a.pth")
+    assert equal(drop(model.state_dict(), "norm.bias"), others)
+
+
+def test_inference_tensors_are_written_in_inference_mode(small, tmp_path):
+    expected = {key: value + 1 for key, value in small.state_dict().items()}
+    torch.save(expected, tmp_path / "a.pth")
+    model = copy.deepcopy(small)
+    unwritable_inference(model.norm)
+    with torch.inference_mode():
+        load_into(model, tmp_path / "a.pth")
+    assert equal(model.state_dict(), expected)
 
 
 def drop(state_dict, key):
@@ -178,6 +335,10 @@ MISFITS = {
     "wrong dtype": (
         lambda sd: {**sd, "norm.bias": torch.ones(64, dtype=torch.int64)},
         "norm.bias is of torch.int64, the model's of torch.float32",
+    ),
+    "complex": (
+        lambda sd: {**sd, "norm.bias": torch.ones(64, dtype=torch.complex64)},
+        "norm.bias is of torch.complex64, the model's of torch.float32",
     ),
     "other classes": (
         lambda sd: {**sd, "head.fc2.weight": torch.ones(7, 256), "head.fc2.bias": torch.ones(7)},
@@ -198,6 +359,16 @@ def test_misfits_leave_the_model_untouched(misfit, small, tmp_path):
     with pytest.raises(ValueError, match=r"^path: .*a\.pth does not fit the model") as caught:
         load_into(small, tmp_path / "a.pth")
     caught.match(message)
+    assert equal(small.state_dict(), before)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such dtype")
+def test_a_dtype_that_cannot_be_cast_leaves_the_model_untouched(small, tmp_path):
+    packed = torch.ones(64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({**{key: t + 1 for key, t in small.state_dict().items()}, "norm.bias": packed}, tmp_path / "a.pth")
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(ValueError, match=r"holds 'norm.bias' of torch.float4_e2m1fn_x2, which torch cannot cast"):
+        load_into(small, tmp_path / "a.pth")
     assert equal(small.state_dict(), before)
 
 

@@ -187,6 +187,51 @@ def test_an_architecture_of_ones_own(tmp_path):
     assert equal(loaded.state_dict(), own.state_dict())
 
 
+@pytest.mark.parametrize("key", ["head.fc2.weight", "downsample_layers.0.conv1.weight"])
+def test_a_small_file_does_not_ask_for_a_large_model(key, tmp_path):
+    """Classes and channels come from the file: expanded, they would take petabytes."""
+    tensors = random_model(num_classes=2).state_dict()
+    count = 10**12
+    if key.startswith("head"):
+        tensors |= {key: torch.zeros(1, 1).expand(count, 256), "head.fc2.bias": torch.zeros(1).expand(count)}
+    else:
+        tensors[key] = torch.zeros(1, 1, 1, 1).expand(8, count, 3, 3)
+    path = save(tmp_path / "weights.pth", tensors)
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(ValueError, match=rf"holds '{key}' expanded: elements share memory"):
+        from_pretrained(path)
+
+
+def test_no_model_is_made_of_tensors_that_do_not_fit(tmp_path, monkeypatch):
+    tensors = random_model(num_classes=2).state_dict()
+    tensors |= {"head.fc2.weight": torch.zeros(0), "head.fc2.bias": torch.zeros(50_000)}
+    path = save(tmp_path / "weights.pth", tensors)
+
+    def create(*args, **kwargs):
+        model = create_model(*args, **kwargs)
+        assert all(t.is_meta for t in model.state_dict().values())
+        return model
+
+    monkeypatch.setattr("mambaout_kernels.weights.pretrained.create_model", create)
+    with pytest.raises(ValueError, match=r"head\.fc2\.weight is \(0,\), the model's \(50000, 256\)"):
+        from_pretrained(path)
+
+
+@pytest.mark.parametrize("key", ["head.fc2.bias", "stages.0.0.fc2.bias", "stages.0.0.fc1.bias", "stages.0.0.conv.bias"])
+def test_a_scalar_where_a_vector_should_be(key, model, tmp_path):
+    path = save(tmp_path / "weights.pth", {**model.state_dict(), key: torch.tensor(1.0)})
+    with pytest.raises(ValueError, match=r"^(path|name_or_path): .*weights\.pth"):
+        from_pretrained(path)
+
+
+def test_fresh_classifiers_come_from_the_seed(model, tmp_path):
+    path = save(tmp_path / "weights.pth", model.state_dict())
+    torch.manual_seed(5)
+    loaded = from_pretrained(path, num_classes=3)
+    torch.manual_seed(5)
+    assert torch.equal(loaded.head.fc2.weight, create_model("test_mambaout", num_classes=3).head.fc2.weight)
+
+
 def test_a_broken_file_is_refused(tmp_path, model):
     for suffix in (".pth", ".safetensors"):
         path = save(tmp_path / f"cut{suffix}", copy.deepcopy(model.state_dict()))
@@ -207,6 +252,13 @@ def test_unknown_names(name, words):
     with pytest.raises(ValueError, match=r"^name_or_path: ") as caught:
         mk.from_pretrained(name)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_name_too_long_for_a_file():
+    with pytest.raises(ValueError, match=r"is no file, and no pretrained variant"):
+        from_pretrained(5000 * "x")
+    with pytest.raises(OSError, match=r"^path: x+\.pth cannot be read: File name too long"):
+        from_pretrained(5000 * "x" + ".pth")
 
 
 def test_missing_file():
