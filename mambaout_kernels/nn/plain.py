@@ -93,7 +93,7 @@ def is_plain_linear(module: Any) -> bool:
 
 def is_plain_layer_norm(module: Any) -> bool:
     """nn.LayerNorm on plain tensors; timm's unless its fast norm is on."""
-    if not is_plain(module, nn.LayerNorm) or getattr(module, "_fast_norm", False) or watched():
+    if not is_plain(module, nn.LayerNorm) or getattr(module, "_fast_norm", False):
         return False
     return is_plain_tensor(module.weight) and is_plain_tensor(module.bias)
 

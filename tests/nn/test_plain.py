@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mambaout_kernels import FusedGatedCNNBlock, create_model, optimize_for_inference
+from mambaout_kernels.nn.linear import linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedGatedCNNBlock runs as")
 
@@ -228,19 +229,20 @@ class TwiceAsLarge(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is F.linear:
-            x, weight, bias = args
-            return F.linear(x, 2 * weight.as_subclass(torch.Tensor), bias)
-        if function in (F.layer_norm, torch.conv2d):
+            return F.linear(*(2 * a.as_subclass(torch.Tensor) if isinstance(a, TwiceAsLarge) else a for a in args))
+        if function is torch.conv2d:
             args = [2 * a.as_subclass(torch.Tensor) if isinstance(a, TwiceAsLarge) else a for a in args]
             return function(*args, **(kwargs or {}))
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["fc1", "fc2", "conv"])
+@pytest.mark.parametrize("name", ["fc1.weight", "fc2.weight", "conv.weight", "fc1.bias", "conv.bias"])
 def test_weights_that_are_no_plain_tensors_are_left_to_pytorch(name):
     block, x = make_block()
-    module = getattr(block, name)
-    module.weight = nn.Parameter(module.weight.detach().as_subclass(TwiceAsLarge), requires_grad=False)
+    module_name, parameter = name.split(".")
+    module = block.get_submodule(module_name)
+    old = getattr(module, parameter).detach()
+    setattr(module, parameter, nn.Parameter(old.as_subclass(TwiceAsLarge), requires_grad=False))
     with torch.no_grad():
         check(block, x)
 
@@ -283,6 +285,31 @@ def test_weights_of_another_shape_are_an_error_of_pytorchs(name, shape):
                 block(x)
         else:
             torch.testing.assert_close(block(x), expected)
+
+
+def test_a_vector_as_weight_is_multiplied_as_pytorch_does():
+    fc, x = nn.Linear(8, 1, bias=False), torch.randn(3, 8)
+    fc.weight = nn.Parameter(torch.randn(8))
+    assert linear(fc, x).shape == (3,)
+    torch.testing.assert_close(linear(fc, x), fc(x))
+
+
+def test_without_biases_a_block_is_fused():
+    block, x = make_block()
+    block.fc1.bias = block.fc2.bias = block.norm.bias = None
+    inference = optimize_for_inference(block)
+    assert all(part.fused for part in inference.report()), str(inference.report())
+    with torch.no_grad():
+        torch.testing.assert_close(inference(x), called(block, x), rtol=1e-4, atol=1e-4)
+
+
+def test_timms_fast_norm_is_called(monkeypatch):
+    norm = pytest.importorskip("timm.layers.norm")
+    block, x = make_block()
+    block.norm = norm.LayerNorm(8)
+    block.norm._fast_norm = True
+    monkeypatch.setattr(norm, "fast_layer_norm", lambda *args: 2 * F.layer_norm(*args))
+    check(block, x)
 
 
 def test_a_filter_of_another_size_than_the_convs_is_not_padded_as_its_own():

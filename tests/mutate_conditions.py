@@ -1,0 +1,144 @@
+"""Makes every condition of a module true, then false, one at a time, in a copy; each must turn one of its tests red.
+
+    python tests/mutate_conditions.py [mambaout_kernels/nn/plain.py ...]
+
+Without arguments, of every file in GUARDS. Prints what survived, and the score; exit status 1 if anything did that is
+not in EQUAL. What is compiled is taken from here.
+"""
+
+import argparse
+import ast
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_PLAIN = "tests/nn/test_plain.py"
+_OPTIMIZE = "tests/inference/test_optimize.py -k left_to_the_modules or causal or hang_on"
+
+# The guards: what decides whether an op may stand in for modules, and which backend runs. With the tests of each.
+GUARDS = {
+    "mambaout_kernels/nn/plain.py": [_PLAIN, _OPTIMIZE],
+    "mambaout_kernels/nn/eligibility.py": [_PLAIN, _OPTIMIZE],
+    "mambaout_kernels/nn/linear.py": ["tests/nn/test_linear_layers.py"],
+    "mambaout_kernels/nn/alignment.py": ["tests/nn/test_alignment.py"],
+    "mambaout_kernels/backends/__init__.py": ["tests/backends/test_backends.py", "tests/nn/test_transforms.py"],
+    "mambaout_kernels/backends/checks.py": ["tests/ops/test_bad_input.py", "tests/ops/test_ops.py"],
+}
+
+# (file, condition, value): nothing can tell these from the original, and why.
+EQUAL: dict[tuple[str, str, bool], str] = {
+    ("mambaout_kernels/nn/plain.py", "_any_global_hook is None", False): "this torch has it",
+    ("mambaout_kernels/nn/plain.py", "torch._C._len_torch_function_stack() == 0", False): "the rest says so, slower",
+}
+
+
+def conditions(tree: ast.AST) -> Iterator[ast.expr]:
+    """Every part of a condition that is true or false by itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            yield from _parts(node.test)
+        elif isinstance(node, ast.comprehension):
+            for test in node.ifs:
+                yield from _parts(test)
+        elif isinstance(node, ast.Return) and node.value is not None and _is_boolean(node.value):
+            yield from _parts(node.value)
+
+
+def _is_boolean(node: ast.expr) -> bool:
+    if isinstance(node, ast.BoolOp):
+        return all(_is_boolean(value) for value in node.values)
+    return isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not))
+
+
+def _parts(node: ast.expr) -> Iterator[ast.expr]:
+    if isinstance(node, ast.BoolOp):
+        for value in node.values:
+            yield from _parts(value)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield from _parts(node.operand)
+    else:
+        yield node
+
+
+def replaced(source: str, node: ast.expr, value: bool) -> str:
+    lines = source.splitlines(keepends=True)
+    assert node.end_lineno is not None
+    begin = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+    return source[:begin] + str(value) + source[end:]
+
+
+def passes(folder: Path, tests: list[str]) -> bool:
+    """Whether pytest passes in `folder`, in a child that has torch already."""
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        import pytest
+
+        for selected in tests:
+            paths, _, expression = selected.partition(" -k ")
+            options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            if pytest.main([*options, *paths.split(), *(["-k", expression] if expression else [])]) != 0:
+                os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def mutate(folder: Path, file: str, tests: list[str]) -> tuple[int, list[str]]:
+    """(mutants, those that survived) of one file."""
+    path = folder / file
+    source = path.read_text()
+    if not passes(folder, tests):
+        return 1, [f"{file}: its tests fail without a mutation"]
+    survived, count = [], 0
+    for node in conditions(ast.parse(source)):
+        text = ast.unparse(node)
+        for value in (True, False):
+            if (file, text, value) in EQUAL:
+                continue
+            count += 1
+            path.write_text(replaced(source, node, value))
+            begin = time.monotonic()
+            try:
+                alive = passes(folder, tests)
+            finally:
+                path.write_text(source)
+            if alive:
+                survived.append(f"{file}:{node.lineno}: {text} -> {value}")
+                print(f"survived ({time.monotonic() - begin:.0f} s) {survived[-1]}", flush=True)
+    return count, survived
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=list(GUARDS), help="of GUARDS")
+    import torch
+
+    torch.set_num_threads(1)  # of children, too
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    total, alive = 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("mambaout_kernels", "tests", "csrc"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        for file in parser.parse_args().files:
+            begin = time.monotonic()
+            count, survived = mutate(folder, file, GUARDS[file])
+            total, alive = total + count, alive + len(survived)
+            print(f"{file}: {count - len(survived)} of {count} killed, {time.monotonic() - begin:.0f} s", flush=True)
+    print(f"{total - alive} of {total} mutants were killed")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
