@@ -28,7 +28,8 @@ test: $(READY)
 test-fast: $(READY)
 	$(RUN) -m pytest tests --fast $(PARALLEL)
 
-# Ten times as many generated cases as make test, and tensors beyond 2^31 elements (some 14 GiB of memory).
+# Ten times as many generated cases as make test, tensors beyond 2^31 elements (some 14 GiB of memory), and ten minutes of
+# training, inference and changes in random order (tests/soak).
 nightly: $(READY)
 	$(RUN) -m pytest tests --hypothesis-profile=nightly -m "generated or nightly"
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_interpreter --hypothesis-profile=nightly -m "generated or nightly"
@@ -41,9 +42,11 @@ processors: $(READY)
 	  echo "eager on $$1"; \
 	  ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 $(RUN) -m pytest -q $(NUMERICS) -k "not inductor"; done
 
-# The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: tests/cpu_launch.
+# The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: tests/cpu_launch. Then the ops
+# under the first two, in 200,000 calls with valid, unusual and wrong arguments: tests/fuzz, half an hour.
 sanitize: $(READY)
 	$(RUN) -m pytest tests/csrc/test_cpu_launch.py -m "sanitize or not sanitize"
+	$(RUN) tests/fuzz/fuzzer.py --sanitize --calls 200000
 
 lint: $(READY) docs
 	$(VENV)/bin/ruff check .

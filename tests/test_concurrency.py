@@ -190,6 +190,37 @@ def test_data_loader_workers(model, method):
     torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=1e-4, atol=1e-5)
 
 
+FORKED = """
+import os, signal, sys, torch, mambaout_kernels as mk
+torch.set_num_threads(2)
+block = mk.FusedGatedCNNBlock(96).eval()
+made = {made}
+def run():
+    with torch.no_grad():
+        return made(torch.ones(4, 56, 56, 96))
+here = run() if {used} else None
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    threads = torch.get_num_threads()
+    there = run()
+    os._exit(0 if threads == (1 if {used} else 2) and (here is None or torch.equal(there, here)) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert here is None or torch.equal(run(), here)
+assert torch.get_num_threads() == 2
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or backends.status()["cpu"] is not None, reason="no fork, or no kernels")
+@pytest.mark.parametrize("used", [True, False], ids=["after use", "before any use"])
+@pytest.mark.parametrize("made", ["block", "mk.optimize_for_inference(block)"])
+def test_a_forked_child_computes(made, used):
+    """Without its parent's threads, if there were any; in plain PyTorch it would wait for them for ever."""
+    code = FORKED.format(made=made, used=used)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_gradients_in_a_forked_child():
     """PyTorch forbids autograd after a fork only where its own threads ran; the op itself has to work."""
@@ -199,7 +230,6 @@ u, w, b = torch.randn(1, 9, 9, 32), torch.randn(8, 1, 7, 7), torch.randn(8)
 here = mk.gated_dwconv(u, w, b)
 child = os.fork()
 if child == 0:
-    torch.set_num_threads(1)
     dy = torch.ones_like(here)
     same = torch.equal(mk.gated_dwconv(u, w, b), here)
     du, dw, db = torch.ops.mambaout_kernels.gated_dwconv_backward(dy, u, w, b, "gelu")

@@ -1,4 +1,4 @@
-// What the files of this folder need of torch (stable ABI only): dtypes, views, scratch memory, threads.
+// What the files of this folder need of torch (stable ABI only): checks, dtypes, views, new memory, threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,18 +11,33 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <optional>
+#include <string>
 
 #include "../cpu/parallel_for.h"
 #include "../gated_dwconv.h"
 
 namespace mambaout_kernels {
+
+// Whether this process has had work for more than one thread: a forked child has none of its parent's threads.
+inline std::atomic<bool> started_threads = false;
+
 namespace {
 
 using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline std::string text_of(Sizes sizes) {
+  std::string listed;
+  for (const std::int64_t size : sizes) listed += (listed.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + listed + (sizes.size() == 1 ? ",)" : ")");
+}
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -30,19 +45,49 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::Double: return DType::kFloat64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64; got ", tensor.scalar_type());
   }
 }
 
 // Of what inference computes on.
 inline DType float_or_bfloat16(const Tensor& tensor, const char* name) {
   const DType dtype = dtype_of(tensor, name);
-  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16, name, " must be float32 or bfloat16");
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16, name, " must be float32 or bfloat16; got ",
+                  tensor.scalar_type());
   return dtype;
 }
 
+// Of tensors and of what is computed: products of sizes, in bytes, stay far below 2^63. A size of 0 counts as 1.
+constexpr std::int64_t kMostElements = std::int64_t{1} << 44;
+inline void check_sizes(Sizes sizes, const char* name) {
+  std::int64_t count = 1;
+  for (const std::int64_t size : sizes) {
+    const bool overflow = __builtin_mul_overflow(count, std::max<std::int64_t>(size, 1), &count);
+    STD_TORCH_CHECK(!overflow && count <= kMostElements, name, " must have at most 2^44 elements; got shape ",
+                    text_of(sizes));
+  }
+}
+
+// On the CPU, and all of it in memory: a storage may have been released, or made smaller than the tensors on it.
 inline void check_cpu(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.defined() && tensor.is_cpu(), name, " must be a tensor on the CPU");
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  check_sizes(sizes, name);
+  __int128 end = tensor.storage_offset() + 1;  // of its last element
+  for (std::size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] == 0) return;
+    end += static_cast<__int128>(sizes[dim] - 1) * strides[dim];
+  }
+  std::int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  STD_TORCH_CHECK(end * tensor.element_size() <= bytes, name, " must lie within its storage, which has ", bytes,
+                  " bytes; got shape ", text_of(sizes));
+}
+
+inline void check_shape(const Tensor& tensor, Sizes expected, const char* name) {
+  const Sizes sizes = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, " must have shape ",
+                  text_of(expected), "; got ", text_of(sizes));
 }
 
 // Whose last dimension is dense; a copy where it is not.
@@ -53,8 +98,12 @@ inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Elements from one index to the next, 0 where there is none: a stride may then be anything.
+inline std::int64_t step_of(const Tensor& tensor, std::int64_t dim) {
+  return tensor.size(dim) > 1 ? tensor.stride(dim) : 0;
+}
 inline NhwcView view(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {tensor.const_data_ptr(), step_of(tensor, 0), step_of(tensor, 1), step_of(tensor, 2)};
 }
 
 // A large new tensor is about to be written for the first time: ask for huge pages, so that Linux does it in hundreds
@@ -69,6 +118,14 @@ inline void advise_huge_pages(const Tensor& tensor) {
 #else
   static_cast<void>(tensor);
 #endif
+}
+
+inline Tensor new_result(const Tensor& like, Sizes sizes, const char* name,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  check_sizes(sizes, name);
+  Tensor result = torch::stable::new_empty(like, sizes, dtype);
+  advise_huge_pages(result);
+  return result;
 }
 
 // Scratch memory, kept by each calling thread for the next call while it is small; at 56 x 56 x 96 it is 0.5 MiB, and
@@ -104,6 +161,7 @@ class Workspace {
 };
 
 inline void parallel_for(std::int64_t count, cpu::RangeBody body, void* context) {
+  if (count > 1) started_threads.store(true, std::memory_order_relaxed);
   torch::stable::parallel_for(0, count, 1, [=](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
 }
 

@@ -22,8 +22,9 @@ Tensor pack(const Tensor& like, const Conv3x3s2Shape& shape, const Conv3x3s2Para
 
 Tensor pack_conv3x3s2(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight,
                       std::optional<Tensor> norm_bias, bool normed, double eps, std::string act, bool bf16) {
+  check_cpu(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.numel() > 0,
-                  "weight must be (out_channels, in_channels, 3, 3)");
+                  "weight must be (out_channels, in_channels, 3, 3); got ", text_of(weight.sizes()));
   Conv3x3s2Shape shape{};
   shape.in_channels = weight.size(1);
   shape.out_channels = weight.size(0);
@@ -32,7 +33,7 @@ Tensor pack_conv3x3s2(Tensor weight, std::optional<Tensor> bias, std::optional<T
   Weights weights;
   return pack(
       weight, shape,
-      {weights(weight, weight.numel(), "weight"), weights(bias, shape.out_channels, "bias"),
+      {weights(weight, weight.sizes(), "weight"), weights(bias, shape.out_channels, "bias"),
        weights(norm_weight, shape.out_channels, "norm_weight"), weights(norm_bias, shape.out_channels, "norm_bias")});
 }
 
@@ -66,15 +67,16 @@ Tensor conv3x3s2(Tensor x, Tensor packed, std::int64_t out_channels, ScalarType 
   STD_TORCH_CHECK(out_channels == call.shape.out_channels, "out_channels must be ", call.shape.out_channels,
                   ", as the packed convolution's; got ", out_channels);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == call.shape.in_channels, "x must be (N, H, W, ", call.shape.in_channels,
-                  "), as the packed convolution");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "dtype must be float32 or bfloat16");
+                  "), as the packed convolution; got ", text_of(x.sizes()));
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "dtype must be float32 or bfloat16; got ", dtype);
   call.in_dtype = float_or_bfloat16(x, "x");
   call.out_dtype = dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32;
   call.N = x.size(0);
   call.H = x.size(1);
   call.W = x.size(2);
-  Tensor out = torch::stable::new_empty(x, {call.N, call.out_height(), call.out_width(), out_channels}, dtype);
-  advise_huge_pages(out);
+  Tensor out = new_result(x, {call.N, call.out_height(), call.out_width(), out_channels}, "the result", dtype);
+  if (out.numel() == 0) return out;
   call.x = view(x);
   call.x_stride_c = x.stride(3);
   call.packed = &header + 1;

@@ -10,20 +10,20 @@
 namespace mambaout_kernels {
 namespace {
 
-void for_cpu(const Tensor& u, const Tensor& weight, const Tensor& bias) {
+void check_all_cpu(const Tensor& u, const Tensor& weight, const Tensor& bias) {
   check_cpu(u, "u");
   check_cpu(weight, "weight");
   check_cpu(bias, "bias");
 }
 
 Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
-  for_cpu(u, weight, bias);
+  check_all_cpu(u, weight, bias);
   const GatedDwconvShape shape = checked_shape(u, weight, bias, act);
   u = last_dense(u);
   weight = dense(weight);
   bias = dense(bias);
-  Tensor y = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, shape.D});
-  advise_huge_pages(y);
+  Tensor y = new_result(u, {shape.N, shape.H, shape.W, shape.D}, "y");
+  if (y.numel() == 0) return y;
   const int num_threads = static_cast<int>(torch::stable::get_num_threads());
   const Workspace workspace(cpu::forward_workspace_bytes(shape, num_threads));
   cpu::forward({shape, view(u), weight.const_data_ptr(), bias.const_data_ptr(), y.mutable_data_ptr()}, num_threads,
@@ -33,7 +33,7 @@ Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
 
 std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Tensor weight, Tensor bias,
                                                          std::int64_t act) {
-  for_cpu(u, weight, bias);
+  check_all_cpu(u, weight, bias);
   const GatedDwconvShape shape = checked_shape(u, weight, bias, act);
   check_cpu(dy, "dy");
   check_gradient(dy, shape);
@@ -41,10 +41,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
   u = last_dense(u);
   weight = dense(weight);
   bias = dense(bias);
-  Tensor du = torch::stable::new_empty(u, {shape.N, shape.H, shape.W, 2 * shape.D});
-  Tensor dweight = torch::stable::new_empty(weight, {shape.C, 1, shape.K, shape.K});
-  Tensor dbias = torch::stable::new_empty(bias, {shape.C});
-  advise_huge_pages(du);
+  Tensor du = new_result(u, {shape.N, shape.H, shape.W, 2 * shape.D}, "du");
+  Tensor dweight = new_result(weight, {shape.C, 1, shape.K, shape.K}, "dweight");
+  Tensor dbias = new_result(bias, {shape.C}, "dbias");
+  if (du.numel() == 0) return {du, torch::stable::zero_(dweight), torch::stable::zero_(dbias)};
   const int num_threads = static_cast<int>(torch::stable::get_num_threads());
   const Workspace workspace(cpu::backward_workspace_bytes(shape, num_threads));
   cpu::backward({shape, view(dy), view(u), weight.const_data_ptr(), bias.const_data_ptr(), du.mutable_data_ptr(),

@@ -11,21 +11,22 @@ using OptionalTensor = std::optional<Tensor>;
 
 void check_parameter(const Tensor& tensor, ScalarType dtype, const char* name) {
   check_cpu(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have fc1_weight's dtype");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have fc1_weight's dtype, ", dtype, "; got ",
+                  tensor.scalar_type());
 }
 
 // (count,), dense.
 OptionalTensor vector(const OptionalTensor& tensor, std::int64_t count, ScalarType dtype, const char* name) {
   if (!tensor.has_value()) return tensor;
   check_parameter(*tensor, dtype, name);
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == count, name, " must have shape (", count, ",)");
+  check_shape(*tensor, {count}, name);
   return dense(*tensor);
 }
 // (rows, columns), the columns dense.
 Tensor matrix(const Tensor& tensor, std::int64_t columns, ScalarType dtype, const char* name) {
   check_parameter(tensor, dtype, name);
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns && tensor.size(0) > 0, name,
-                  " must have shape (outputs, ", columns, ")");
+                  " must have shape (outputs, ", columns, "), outputs 1 or more; got ", text_of(tensor.sizes()));
   return last_dense(tensor);
 }
 const void* data(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
@@ -34,14 +35,16 @@ Tensor head(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tens
             OptionalTensor mid_weight, OptionalTensor mid_bias, OptionalTensor fc2_weight, OptionalTensor fc2_bias,
             double eps, double mid_eps, bool mid_normed, ScalarType out_dtype) {
   check_cpu(x, "x");
-  STD_TORCH_CHECK(fc1_weight.dim() == 2 && fc1_weight.numel() > 0, "fc1_weight must be (hidden, channels)");
+  check_cpu(fc1_weight, "fc1_weight");
+  STD_TORCH_CHECK(fc1_weight.dim() == 2 && fc1_weight.numel() > 0, "fc1_weight must be (hidden, channels); got ",
+                  text_of(fc1_weight.sizes()));
   HeadCall call{};
   call.hidden = fc1_weight.size(0);
   call.C = fc1_weight.size(1);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == call.C && x.size(1) > 0 && x.size(2) > 0, "x must be (N, H, W, ", call.C,
-                  "), as fc1_weight's inputs, H and W of 1 or more");
+                  "), as fc1_weight's inputs, H and W of 1 or more; got ", text_of(x.sizes()));
   STD_TORCH_CHECK(out_dtype == ScalarType::Float || out_dtype == ScalarType::BFloat16,
-                  "dtype must be float32 or bfloat16");
+                  "dtype must be float32 or bfloat16; got ", out_dtype);
   call.N = x.size(0);
   call.H = x.size(1);
   call.W = x.size(2);
@@ -69,7 +72,9 @@ Tensor head(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tens
   call.mid_norm = {data(mid_weight), data(mid_bias), static_cast<float>(mid_eps)};
 
   call.out_dtype = out_dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32;
-  Tensor out = torch::stable::new_empty(x, {call.N, call.classes > 0 ? call.classes : call.hidden}, out_dtype);
+  check_sizes({call.N, std::max(call.C, call.hidden)}, "fc1_weight's outputs");
+  Tensor out = new_result(x, {call.N, call.classes > 0 ? call.classes : call.hidden}, "the result", out_dtype);
+  if (call.N == 0) return out;
   call.out = out.mutable_data_ptr();
   const Workspace workspace(cpu::head_workspace_bytes(call));
   cpu::head_forward(call, static_cast<int>(torch::stable::get_num_threads()), workspace.data(), parallel_for);

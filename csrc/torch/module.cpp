@@ -96,6 +96,9 @@ PYBIND11_MODULE(_C, m) {
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "FLOP/s of each of torch's threads, all at once: multiply-adds on registers, in fp32 or of bf16 pairs. Raises "
         "ValueError where bfloat16 is not multiplied.");
+  m.def(
+      "started_threads", [] { return started_threads.load(); },
+      "Whether an op of this process had work for more than one thread.");
   m.def("cpu_capability", [] { return std::string(cpu::isa_name(cpu::current_isa())); }, "The instruction set in use.");
   m.def(
       "cpu_capability_reason", [] { return std::string(cpu::isa_reason()); },

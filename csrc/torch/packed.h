@@ -32,11 +32,14 @@ static_assert(sizeof(PackedHeader) == 128);
 // A weight as the packing functions read it: fp32, dense; null where there is none. `kept` outlives it.
 class Weights {
  public:
-  const float* operator()(const std::optional<Tensor>& tensor, std::int64_t count, const char* name) {
+  const float* operator()(const std::optional<Tensor>& tensor, Sizes sizes, const char* name) {
     if (!tensor.has_value()) return nullptr;
     check_cpu(*tensor, name);
     float_or_bfloat16(*tensor, name);
+    std::int64_t count = 1;
+    for (const std::int64_t size : sizes) count *= size;
     STD_TORCH_CHECK(tensor->numel() == count, name, " must have ", count, " elements, has ", tensor->numel());
+    check_shape(*tensor, sizes, name);
     const Tensor dense_tensor = dense(*tensor);
     kept_.push_back(dense_tensor.scalar_type() == ScalarType::Float
                         ? dense_tensor
@@ -56,17 +59,15 @@ inline Act act_of(const std::string& name) {
   STD_TORCH_CHECK(false, "act must be one of gelu, gelu_tanh, silu, identity; got '", name, "'");
 }
 
-inline void check_compute_dtype(DType dtype) {
-  STD_TORCH_CHECK(dtype == DType::kFloat32 || cpu::block_supports(dtype),
-                  "bf16 must be False: the instruction set in use multiplies no bfloat16");
+inline void check_compute_dtype(DType dtype, const char* needed = "packed must be packed again, or repacked") {
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || cpu::block_supports(dtype), needed,
+                  ": the instruction set in use multiplies no bfloat16");
 }
 
 // New memory for packed weights, in huge pages where the system has them: they are read from one end to the other at
 // every call, and a processor does not remember the place of as many pages of 4 KiB.
 inline Tensor new_packed(const Tensor& like, std::int64_t bytes) {
-  Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  advise_huge_pages(packed);
-  return packed;
+  return new_result(like, {bytes}, "packed", ScalarType::Byte);
 }
 
 // Memory with a header for `bytes` of weights behind it; the op's sizes are its own.
@@ -90,8 +91,10 @@ Tensor new_packed(const Tensor& like, PackedOp op, const Shape& shape, cpu::Pack
 
 // Packed weights at an address that the kernels can read.
 inline Tensor aligned(const Tensor& packed) {
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1,
-                  "packed must be a vector of bytes on the CPU");
+  check_cpu(packed, "packed");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1,
+                  "packed must be a vector of bytes on the CPU; got ", packed.scalar_type(), " of shape ",
+                  text_of(packed.sizes()));
   const Tensor one = dense(packed);
   if (reinterpret_cast<std::uintptr_t>(one.const_data_ptr()) % alignof(PackedHeader) == 0) return one;
   Tensor copy = new_packed(one, one.numel());
@@ -121,15 +124,14 @@ inline const PackedHeader& header_at(const Tensor& packed, std::int64_t offset, 
   STD_TORCH_CHECK(header->version == kPackedVersion, "packed has version ", header->version, " of the format; this is ",
                   kPackedVersion, ": pack the model again");
   STD_TORCH_CHECK(header->bytes >= static_cast<std::int64_t>(sizeof(PackedHeader)) && header->bytes <= left &&
-                      known_format(*header) && header->act >= 0 && header->act <= 3,
+                      known_format(*header) && header->act >= 0 && header->act <= 3 && header->compute_dtype >= 0 &&
+                      header->compute_dtype <= 1,
                   "packed is damaged");
   for (const std::int64_t size : header->sizes) STD_TORCH_CHECK(size >= 0 && size < (1 << 24), "packed is damaged");
   return *header;
 }
 
-inline DType compute_dtype_of(const PackedHeader& header) {
-  return header.compute_dtype == static_cast<std::int64_t>(DType::kBFloat16) ? DType::kBFloat16 : DType::kFloat32;
-}
+inline DType compute_dtype_of(const PackedHeader& header) { return static_cast<DType>(header.compute_dtype); }
 
 // What every op's shape holds beside its sizes.
 template <typename Shape>
@@ -146,7 +148,7 @@ void read_compute(Shape& shape, const PackedHeader& header) {
 template <typename Shape>
 void checked_compute(Shape& shape, const std::string& act, double eps, bool bf16) {
   set_compute(shape, act_of(act), eps, bf16 ? DType::kBFloat16 : DType::kFloat32);
-  check_compute_dtype(shape.compute_dtype);
+  check_compute_dtype(shape.compute_dtype, "bf16 must be False");
 }
 // bf16 values that this processor does not multiply as such are multiplied in fp32.
 template <typename Shape>

@@ -1,5 +1,6 @@
 """The compiled CPU kernels (csrc/cpu): AMX, AVX-512, AVX2 or portable, chosen when the module loads."""
 
+import os
 from types import ModuleType
 
 import torch
@@ -24,6 +25,19 @@ except ImportError as error:
         f"the compiled module cannot be loaded ({error}); with a C++ compiler, from the sources: "
         "pip install cmake ninja pybind11 'setuptools>=77' && pip install --no-build-isolation ."
     )
+
+
+def _after_fork() -> None:
+    """In the child. OpenMP's threads stayed with the parent, and what needs them waits for ever: compute without them.
+
+    That goes for PyTorch's operators, too. Where no thread was ever started, nothing is changed.
+    """
+    if module is not None and module.started_threads():
+        torch.set_num_threads(1)
+
+
+if module is not None and hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def unavailable() -> str | None:

@@ -25,6 +25,8 @@ BAD = [
         ValueError,
         r"weight must have shape \(conv_channels, 1, K, K\); got \(4, 7, 7\)",
     ),
+    ({"weight": torch.zeros(4, 1, 7, 7, 1)}, ValueError, r"weight must have shape .*got \(4, 1, 7, 7, 1\)"),
+    ({"u": torch.zeros(2, 5, 6, 16, dtype=torch.float64)}, TypeError, r"weight must be torch.float64 beside u of"),
     ({"weight": torch.zeros(4, 2, 7, 7)}, ValueError, r"weight must have shape .*got \(4, 2, 7, 7\)"),
     ({"weight": torch.zeros(4, 1, 7, 5)}, ValueError, r"weight must have shape .*got \(4, 1, 7, 5\)"),
     ({"weight": torch.zeros(4, 1, 6, 6)}, ValueError, r"weight must have an odd kernel size from 1 to 31; got 6"),
