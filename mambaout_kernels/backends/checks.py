@@ -58,3 +58,10 @@ def check_gradient(dy: Tensor, u: Tensor) -> None:
         raise TypeError(f"dy must have the dtype of u, {u.dtype}; got {dy.dtype}")
     if dy.device != u.device:
         raise RuntimeError(f"dy must be on the device of u, {u.device}; got {dy.device}")
+
+
+def check_devices(*tensors: Tensor | None) -> None:
+    """RuntimeError unless all are on one device: of a fake kernel, which runs where one of them has no memory."""
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors must be on one device; got {', '.join(sorted(devices))}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu
+from ..backends.checks import check_devices
 
 _ops: Any = torch.ops.mambaout_kernels
 
@@ -60,6 +61,7 @@ def conv3x3s2(x: Tensor, packed: Tensor, out_channels: int, dtype: torch.dtype) 
 
 
 def _fake(x: Tensor, packed: Tensor, out_channels: int, dtype: torch.dtype) -> Tensor:
+    check_devices(x, packed)
     return x.new_empty((x.shape[0], (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, out_channels), dtype=dtype)
 
 

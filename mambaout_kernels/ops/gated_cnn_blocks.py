@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu
+from ..backends.checks import check_devices
 
 _ops: Any = torch.ops.mambaout_kernels
 
@@ -89,6 +90,7 @@ def gated_cnn_blocks(x: Tensor, packed: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, packed: Tensor) -> Tensor:
+    check_devices(x, packed)
     return x.new_empty(x.shape)
 
 

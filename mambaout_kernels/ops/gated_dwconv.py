@@ -53,7 +53,10 @@ def gated_dwconv(u: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu") -> 
 # pays for one set of checks, in C++ where the backend is compiled.
 def _forward_impl(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     try:
-        return backends.select(u, weight).gated_dwconv(u, weight, bias, act)
+        backend = backends.select(u, weight)
+        if backend is reference:  # which computes what PyTorch can
+            check(u, weight, bias, act)
+        return backend.gated_dwconv(u, weight, bias, act)
     except Exception:
         check(u, weight, bias, act)
         raise
@@ -61,7 +64,11 @@ def _forward_impl(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
 
 def _backward_impl(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        return backends.select(u, weight, backward=True).gated_dwconv_backward(dy, u, weight, bias, act)
+        backend = backends.select(u, weight, backward=True)
+        if backend is reference:
+            check(u, weight, bias, act)
+            check_gradient(dy, u)
+        return backend.gated_dwconv_backward(dy, u, weight, bias, act)
     except Exception:
         check(u, weight, bias, act)
         check_gradient(dy, u)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu
+from ..backends.checks import check_devices
 
 _ops: Any = torch.ops.mambaout_kernels
 
@@ -48,6 +49,7 @@ def head(
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    check_devices(x, *(a for a in arguments if isinstance(a, Tensor)))
     fc1_weight, fc2_weight, dtype = arguments[2], arguments[6], arguments[11]
     outputs = fc1_weight.shape[0] if fc2_weight is None else fc2_weight.shape[0]
     return x.new_empty((x.shape[0], outputs), dtype=dtype)

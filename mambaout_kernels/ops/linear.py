@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..backends import cpu
+from ..backends.checks import check_devices
 
 if cpu.unavailable() is not None:  # else csrc/torch/linear.cpp defines them
     _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
@@ -31,14 +32,17 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, stream_weight: bool = False) -> Tensor:
+    check_devices(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _linear_dx_fake(dy: Tensor, weight: Tensor) -> Tensor:
+    check_devices(dy, weight)
     return dy.new_empty((*dy.shape[:-1], weight.shape[1]))
 
 
 def _linear_dweight_fake(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    check_devices(dy, x)
     return dy.new_empty((dy.shape[-1], x.shape[-1])), dy.new_empty((dy.shape[-1],))
 
 

@@ -193,7 +193,7 @@ def packed_blocks(d) -> Tensor:
         return first
     second = packed_block(d, first.channels)
     both = OPS.join_packed([first, second])
-    both.layer, both.channels = lambda x: second.layer(first.layer(x)), first.channels
+    both.layer, both.channels, both.joined = lambda x: second.layer(first.layer(x)), first.channels, True
     return both
 
 

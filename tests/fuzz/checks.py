@@ -84,7 +84,7 @@ class Checks:
             return f"a valid call is refused: {text}"
         if on_meta(arguments):
             return ""
-        named = {*names, *(n.rpartition("_")[2] for n in names)} & {*re.findall(r"\w+", sentence)}
+        named = {"result", *names, *(n.rpartition("_")[2] for n in names)} & {*re.findall(r"\w+", sentence)}
         if UNCLEAR.search(text) or not (named or any(says in text for says in TORCH_SAYS)):
             return f"unclear: {type(error).__name__}: {text[:500]}"
         return ""
@@ -113,6 +113,8 @@ class Checks:
         return self.compare(results, known, arguments) if compared else ""
 
     def compare(self, results: Any, known: calls.Known, arguments: list) -> str:
+        if any(hasattr(a, "joined") for a in arguments) and results[0].dtype == torch.bfloat16:
+            return ""  # a norm of what was rounded between two blocks may be anything
         exact = known.computes(*(a if hasattr(a, "layer") else calls.wide(a) for a in arguments))
         exact = exact(calls.image(arguments)) if callable(exact) else exact
         for ours, truth in zip(results, exact if isinstance(exact, tuple) else (exact,), strict=True):

@@ -102,3 +102,26 @@ def test_the_good_arguments_are_good():
 def test_not_a_tensor(wrong):
     with pytest.raises((TypeError, RuntimeError, AttributeError)):
         gated_dwconv(wrong, GOOD["weight"], GOOD["bias"])
+
+
+META_CALLS = {
+    "linear": lambda x, w: torch.ops.mambaout_kernels.linear(x, w, None),
+    "linear_dx": lambda x, w: torch.ops.mambaout_kernels.linear_dx(x, w.t()),
+    "linear_dweight": lambda x, w: torch.ops.mambaout_kernels.linear_dweight(x, w),
+}
+
+
+@pytest.mark.parametrize("name", META_CALLS)
+def test_a_tensor_without_memory_beside_one_with_is_an_error(name):
+    """Not a result that nobody has written."""
+    with pytest.raises(RuntimeError, match="all tensors must be on one device; got cpu, meta"):
+        META_CALLS[name](torch.zeros(3, 4), torch.zeros(3, 4, device=META))
+
+
+def test_a_complex_u_is_refused_where_the_reference_would_compute_it():
+    u = torch.zeros(1, 2, 2, 8, dtype=torch.complex64)
+    weight, bias = torch.zeros(2, 1, 3, 3, dtype=torch.complex64), torch.zeros(2, dtype=torch.complex64)
+    with pytest.raises(TypeError, match="u must be one of float32"):
+        torch.ops.mambaout_kernels.gated_dwconv(u, weight, bias, "identity")
+    with pytest.raises(TypeError, match="u must be one of float32"):
+        torch.ops.mambaout_kernels.gated_dwconv_backward(u[..., :4], u, weight, bias, "identity")
