@@ -54,19 +54,20 @@ def gated_dwconv_reason(block: GatedCNNBlock) -> str | None:
         return None
     if class_of(conv) not in (nn.Conv2d, CausalConv2d):
         return f"conv is a {type(conv).__name__}, not a plain nn.Conv2d"
-    if not (is_plain_tensor(conv.weight) and is_plain_tensor(conv.bias)):
-        return f"conv has parameters of {type(conv.weight).__name__} and {type(conv.bias).__name__}, not plain tensors"
+    weight, bias = conv.weight, conv.bias
+    if not (is_plain_tensor(weight) and is_plain_tensor(bias)):
+        return f"conv has parameters of {type(weight).__name__} and {type(bias).__name__}, not plain tensors"
     kernel, radius = conv.kernel_size, conv.kernel_size[0] // 2
     if (
         not conv.out_channels == conv.groups == channels
-        or conv.bias is None
+        or bias is None
         or conv.stride != (1, 1)
         or conv.dilation != (1, 1)
         or conv.padding != (radius, radius)
         or kernel[0] != kernel[1]
         or conv.padding_mode != "zeros"
         or kernel[0] > MAX_KERNEL_SIZE
-        or conv.weight.shape != (channels, 1, *kernel)
+        or weight.shape != (channels, 1, *kernel)
     ):
         return f"conv is {conv}, not depthwise with a bias, stride 1, dilation 1 and zero padding kernel_size // 2"
     return "conv has hooks" if has_hooks(conv) else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops import linear as ops
 from ..ops.norm_linear import norm_linear as norm_linear_op
-from .plain import is_plain_layer_norm, is_plain_linear
+from .plain import is_plain_layer_norm, is_plain_linear, linear_parameters
 
 
 class Weights(NamedTuple):
@@ -24,19 +24,21 @@ def linear(fc: nn.Module | Weights, x: Tensor, stream_weight: bool = False) -> T
 
     stream_weight: x has few rows, so that reading the weight takes longer than multiplying it.
     """
-    if not _reads_weights(fc, x, stream_weight):
+    own = _parameters(fc, x, stream_weight)
+    if own is None:
         return F.linear(x, fc.weight, fc.bias) if isinstance(fc, Weights) else fc(x)
-    plain: Any = fc
-    return ops.linear(x, plain.weight, plain.bias, stream_weight)
+    weight, bias = own
+    return ops.linear(x, weight, bias, stream_weight)
 
 
-def _reads_weights(fc: nn.Module | Weights, x: Tensor, stream_weight: bool) -> bool:
-    if x.device.type != "cpu" or not _is_plain(fc):
-        return False
+def _parameters(fc: nn.Module | Weights, x: Tensor, stream_weight: bool) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) for the op; None where it does not compute the same, or no faster."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
     if torch.compiler.is_compiling() and not stream_weight:  # a compiler does better with what it knows
-        return False
-    plain: Any = fc
-    return not torch.is_autocast_enabled("cpu") and x.shape[-1] == plain.weight.shape[-1]
+        return None
+    own = fc if isinstance(fc, Weights) else linear_parameters(fc)
+    return own if own is not None and x.shape[-1] == own[0].shape[-1] else None
 
 
 def _is_plain(fc: nn.Module | Weights) -> bool:

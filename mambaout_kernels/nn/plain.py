@@ -81,14 +81,19 @@ def is_plain_tensor(t: Tensor | None) -> bool:
     return known and t.layout == torch.strided
 
 
-def is_plain_linear(module: Any) -> bool:
-    """nn.Linear on plain tensors of shapes that need no broadcasting."""
+def linear_parameters(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of an nn.Linear on plain tensors of shapes that need no broadcasting; None of anything else."""
     if not is_plain(module, nn.Linear) or watched():
-        return False
+        return None
     weight, bias = module.weight, module.bias
     if not (is_plain_tensor(weight) and is_plain_tensor(bias)):
-        return False
-    return weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+        return None
+    fits = weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+    return (weight, bias) if fits else None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    return linear_parameters(module) is not None
 
 
 def is_plain_layer_norm(module: Any) -> bool:
