@@ -199,19 +199,24 @@ def test_a_compiled_and_an_exported_block_are_fused():
 
 
 class Doubling(TorchFunctionMode):
-    """Every linear layer twice."""
+    """What one function of PyTorch gives, twice."""
+
+    def __init__(self, doubled):
+        super().__init__()
+        self.doubled = doubled
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        return 2 * result if function is F.linear else result
+        return 2 * result if function is self.doubled else result
 
 
 @pytest.mark.parametrize("gradients", [True, False], ids=["training", "evaluation"])
-def test_a_function_mode_sees_what_is_called(gradients):
+@pytest.mark.parametrize("function", [F.linear, F.gelu, torch.conv2d, F.layer_norm], ids=lambda f: f.__name__)
+def test_a_function_mode_sees_what_is_called(function, gradients):
     block, x = make_block()
     with torch.set_grad_enabled(gradients):
         before = block(x)
-        with Doubling():
+        with Doubling(function):
             torch.testing.assert_close(block(x), called(block, x))
             assert not torch.allclose(block(x), before)
         torch.testing.assert_close(block(x), before)
@@ -319,6 +324,27 @@ def test_a_filter_of_another_size_than_the_convs_is_not_padded_as_its_own():
         called(block, x)
     with pytest.raises(RuntimeError):
         block(x)
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": (2, 2)}, {"dilation": (2, 2)}, {"padding": (2, 2)}, {"groups": 4}], ids=str
+)
+def test_a_conv_whose_map_has_another_size_is_an_error(change):
+    block, x = make_block()
+    vars(block.conv).update(change)
+    for call in (lambda: called(block, x), lambda: block(x)):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_a_conv_without_bias_is_composed():
+    block, x = make_block()
+    block.conv = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    check(block, x)
+
+
+def test_without_conv_channels_a_block_is_fused():
+    assert FusedGatedCNNBlock(8, conv_ratio=0).unfused_reason() is None
 
 
 def test_a_filter_that_is_too_large_for_the_op_is_composed():
