@@ -9,15 +9,12 @@ those of the block without them. A pixel that is Inf or NaN before fc1 is so in 
 all others. Parameters are read as they lie, at each call; autograd drops the gradients of the zeros.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .. import backends
 from .eligibility import GatedCNNBlock, gated_dwconv_reason
-from .linear import Weights
-from .plain import is_plain_linear
+from .plain import Weights, linear_weights
 
 _ACCESS = 16  # bytes
 _ALWAYS = 8  # channels that are whole accesses in every dtype of these
@@ -68,11 +65,9 @@ def with_zeros(t: Tensor, pad: int) -> Tensor:
 
 def _plain_weights(block: GatedCNNBlock) -> tuple[Weights, Weights] | None:
     """Of fc1 and fc2, if they are plain linear layers of the block's widths, and act and conv run as the fused op."""
-    fc1: Any = block.fc1
-    fc2: Any = block.fc2
-    if not (is_plain_linear(fc1) and is_plain_linear(fc2)) or gated_dwconv_reason(block) is not None:
+    one, two = linear_weights(block.fc1), linear_weights(block.fc2)
+    if one is None or two is None or gated_dwconv_reason(block) is not None:
         return None
-    one, two = Weights(fc1.weight, fc1.bias), Weights(fc2.weight, fc2.bias)
     hidden, dim = block.split_indices[0], block.dim
     fits = one.weight.shape == (2 * hidden, dim) and two.weight.shape == (dim, hidden)
     return (one, two) if fits and one.weight.dtype == two.weight.dtype else None

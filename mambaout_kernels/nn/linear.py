@@ -1,6 +1,6 @@
 """fc(x) and fc(norm(x)) of modules, by our kernels where these compute the same, else by calling the modules."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops import linear as ops
 from ..ops.norm_linear import norm_linear as norm_linear_op
-from .plain import is_plain_layer_norm, is_plain_linear, linear_parameters
-
-
-class Weights(NamedTuple):
-    """What stands for a plain nn.Linear: its parameters, or what was made of them (alignment.py)."""
-
-    weight: Tensor  # (out_features, in_features)
-    bias: Tensor | None
+from .plain import Weights, is_plain_layer_norm, is_plain_linear, linear_weights
 
 
 def linear(fc: nn.Module | Weights, x: Tensor, stream_weight: bool = False) -> Tensor:
@@ -24,21 +17,20 @@ def linear(fc: nn.Module | Weights, x: Tensor, stream_weight: bool = False) -> T
 
     stream_weight: x has few rows, so that reading the weight takes longer than multiplying it.
     """
-    own = _parameters(fc, x, stream_weight)
+    own = _weights(fc, x, stream_weight)
     if own is None:
-        return F.linear(x, fc.weight, fc.bias) if isinstance(fc, Weights) else fc(x)
-    weight, bias = own
-    return ops.linear(x, weight, bias, stream_weight)
+        return F.linear(x, *fc) if isinstance(fc, Weights) else fc(x)
+    return ops.linear(x, *own, stream_weight)
 
 
-def _parameters(fc: nn.Module | Weights, x: Tensor, stream_weight: bool) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) for the op; None where it does not compute the same, or no faster."""
+def _weights(fc: nn.Module | Weights, x: Tensor, stream_weight: bool) -> Weights | None:
+    """For the op; None where it does not compute the same, or no faster."""
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     if torch.compiler.is_compiling() and not stream_weight:  # a compiler does better with what it knows
         return None
-    own = fc if isinstance(fc, Weights) else linear_parameters(fc)
-    return own if own is not None and x.shape[-1] == own[0].shape[-1] else None
+    own = fc if isinstance(fc, Weights) else linear_weights(fc)
+    return own if own is not None and x.shape[-1] == own.weight.shape[-1] else None
 
 
 def _is_plain(fc: nn.Module | Weights) -> bool:

@@ -1,6 +1,6 @@
 """Whether calling a module does what its class says and nothing else, so that its parameters may be read instead."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,19 +81,26 @@ def is_plain_tensor(t: Tensor | None) -> bool:
     return known and t.layout == torch.strided
 
 
-def linear_parameters(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """(weight, bias) of an nn.Linear on plain tensors of shapes that need no broadcasting; None of anything else."""
+class Weights(NamedTuple):
+    """What stands for a plain nn.Linear: its parameters, or what was made of them (alignment.py)."""
+
+    weight: Tensor  # (out_features, in_features)
+    bias: Tensor | None
+
+
+def linear_weights(module: Any) -> Weights | None:
+    """Of an nn.Linear on plain tensors of shapes that need no broadcasting; None of anything else."""
     if not is_plain(module, nn.Linear) or watched():
         return None
     weight, bias = module.weight, module.bias
     if not (is_plain_tensor(weight) and is_plain_tensor(bias)):
         return None
     fits = weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
-    return (weight, bias) if fits else None
+    return Weights(weight, bias) if fits else None
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    return linear_parameters(module) is not None
+    return linear_weights(module) is not None
 
 
 def is_plain_layer_norm(module: Any) -> bool:

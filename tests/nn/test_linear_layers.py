@@ -7,7 +7,8 @@ from torch import nn
 from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
 from mambaout_kernels.nn import linear as module
-from mambaout_kernels.nn.linear import Weights, linear, norm_linear
+from mambaout_kernels.nn.linear import linear, norm_linear
+from mambaout_kernels.nn.plain import Weights
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
