@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Found = Iterator[tuple[str, dict[str, Any]]]
+DTYPES = ("bf16", "fp32", "fp16")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 BATCH = 128
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
@@ -168,14 +169,16 @@ def behaviour(settings: Settings, backend: str) -> Found:
     yield from gpu_behaviour.examine("cpu" if settings.dry else backend, settings.device)
 
 
-def split_block(settings: Settings) -> Found:
-    """The block in inference, whose kernels are Triton's."""
+def split_block(settings: Settings, dtype: str) -> Found:
+    """The block in inference, whose kernels are Triton's and take a while to compile."""
     if settings.dry:
         yield "left_out", {"text": "split block: a dry run; make test has it in Triton's interpreter"}
         return
     import gpu_split_block
 
-    yield from gpu_split_block.examine(settings.device)
+    from mambaout_kernels.benchmarking import workloads
+
+    yield from gpu_split_block.examine(settings.device, workloads.DTYPES[dtype])
 
 
 def tests(settings: Settings) -> Found:
@@ -206,7 +209,8 @@ def sanitize(settings: Settings, tool: str) -> Found:
     if done.returncode == 0:
         yield "note", {"text": f"compute-sanitizer {tool}: no errors"}
     else:
-        yield "fail", {"text": f"compute-sanitizer {tool}: {(done.stdout + done.stderr)[-2000:]}"}
+        text = done.stdout + done.stderr
+        yield "fail", {"text": f"compute-sanitizer {tool}: {text[:3000]} ... {text[-1000:]}"}
 
 
 def bandwidth(settings: Settings) -> Found:
@@ -331,11 +335,11 @@ SECTIONS: dict[str, Section] = {
     **{
         f"check-{backend}-{dtype}": Section(partial(check, backend=backend, dtype=dtype), 400, backend == "triton")
         for backend in ("cuda", "triton")
-        for dtype in ("bf16", "fp32", "fp16")
+        for dtype in DTYPES
     },
     "behaviour-cuda": Section(partial(behaviour, backend="cuda"), 120),
     "behaviour-triton": Section(partial(behaviour, backend="triton"), 180, True),
-    "split-block": Section(split_block, 240),
+    **{f"split-block-{dtype}": Section(partial(split_block, dtype=dtype), 300, True) for dtype in DTYPES},
     "tests": Section(tests, 120, True),
     **{tool: Section(partial(sanitize, tool=tool), 120) for tool in SANITIZERS},
     "bandwidth": Section(bandwidth, 30),
@@ -369,7 +373,7 @@ SECTIONS: dict[str, Section] = {
 }
 PLANS: dict[str, tuple[str, ...]] = {
     "A": ("facts", "build", "check-triton-bf16", "check-triton-fp32", "check-triton-fp16", "check-cuda-bf16",
-          "split-block", "check-cuda-fp32", "behaviour-cuda", "check-cuda-fp16", *SANITIZERS, "behaviour-triton",
+          "split-block-bf16", "split-block-fp16", "split-block-fp32", "check-cuda-fp32", "behaviour-cuda", "check-cuda-fp16", *SANITIZERS, "behaviour-triton",
           "tests"),
     "B": ("facts", "build", "bandwidth", "op-bf16", "counters", "op-fp32", "op-1", "op-base", "op-64", "op-autotune",
           "op-fp16", "depthwise"),

@@ -195,12 +195,12 @@ __device__ __forceinline__ void gated_dwconv_bwd(const BackwardArgs<typename Tra
 
     if (at.row == first) {
       keep_branch();
-      s_sums.start(bias);
-      dc_sums.start(Value::zero());
+      s_sums.start();
+      dc_sums.start();
     }
     if (convolving && reads) {
-      s_sums.advance(bias);
-      dc_sums.advance(Value::zero());
+      s_sums.advance();
+      dc_sums.advance();
       Value e[kStrip], c[kStrip + K - 1];
       const T* const e_from = e_row(slot) + strip_at;
       dc_sums.template add_row<true>(
@@ -257,7 +257,7 @@ __device__ __forceinline__ void gated_dwconv_bwd(const BackwardArgs<typename Tra
 #pragma unroll
         for (int s = 0; s < kStrip; ++s) {
           if (strip_w + s >= W) continue;  // there the ring must stay zero
-          const Value dg_value = Value::load(dg + s * kPixel) * s_row[s];
+          const Value dg_value = Value::load(dg + s * kPixel) * (s_row[s] + bias);
           if constexpr (Traits::kAligned) {
             dg_value.store(dg + s * kPixel);  // in place, to be stored as packets
             dc_row[s].store(dc + s * kPixel);

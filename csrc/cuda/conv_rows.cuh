@@ -12,20 +12,20 @@ struct RowSums {
   using Values = Lanes<kLanes>;
   Values sum[K][kStrip];
 
-  __device__ __forceinline__ void start(Values initial) {
+  __device__ __forceinline__ void start() {
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int s = 0; s < kStrip; ++s) sum[k][s] = initial;
+      for (int s = 0; s < kStrip; ++s) sum[k][s] = Values::zero();
   }
 
   // The next row becomes row i: renaming only, since the first multiply-add of a row reads one register and writes
   // another.
-  __device__ __forceinline__ void advance(Values initial) {
+  __device__ __forceinline__ void advance() {
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int s = 0; s < kStrip; ++s) sum[k][s] = k + 1 < K ? sum[k + 1 < K ? k + 1 : k][s] : initial;
+      for (int s = 0; s < kStrip; ++s) sum[k][s] = k + 1 < K ? sum[k + 1 < K ? k + 1 : k][s] : Values::zero();
   }
 
   // The row that is complete once `missing` (0 .. R) rows are known to be missing behind row i.

@@ -141,11 +141,11 @@ __device__ __forceinline__ void depthwise(const DepthwiseArgs<typename Traits::T
     stage_next(slot == 0 ? kStages - 1 : slot - 1);
     if (at.row == first) {
       keep_branch();
-      conv.start(Values::zero());
+      conv.start();
     }
     if (convolving) {
       const T* const stage = strip_at + slot * stage_elements;
-      conv.advance(Values::zero());
+      conv.advance();
       conv.template add_row<false>([&](int j) { return Values::load(stage + j * kChunk); }, weight);
     }
     if (at.row - R >= place.h0) yield(conv.sum[0]);

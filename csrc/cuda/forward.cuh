@@ -147,10 +147,10 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
     T* const stage = ring + slot * stage_elements;
     if (at.row == first) {
       keep_branch();
-      conv.start(bias);
+      conv.start();
     }
     if (convolving && at.row < x_end) {
-      conv.advance(bias);
+      conv.advance();
       conv.template add_row<false>([&](int j) { return Values::load(stage + x_at + j * kPixel); }, weight);
     }
     if (yields) {
@@ -164,7 +164,7 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
 #pragma unroll
           for (int s = 0; s < kStrip; ++s) {
             T* const here = g + s * kPixel + c + g_phase;
-            const Values value = gate.value(Values::load(here)) * sums[s];
+            const Values value = gate.value(Values::load(here)) * (sums[s] + bias);
             if constexpr (Traits::kAligned) {
               value.store(here);  // in place of g, to be stored as packets
             } else {

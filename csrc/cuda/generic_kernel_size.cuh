@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
   if (c < 0) {
     s = to_float(*x);
   } else {
-    s = load_parameter<T>(args.bias, args.bias_is_float32, c);
+    s = 0.0f;
     for (int kh = max(0, R - h); kh < min(K, H + R - h); ++kh) {
       float row = 0.0f;  // on its own: hundreds of taps one after the other would round too often
       for (int kw = max(0, R - w); kw < min(K, W + R - w); ++kw) {
@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
       }
       s += row;
     }
+    s += load_parameter<T>(args.bias, args.bias_is_float32, c);
   }
   with_gate<T>(args.act,
                [&](auto gate) { args.y[pixel * D + d] = from_float<T>(gate.value(Lanes<1>{to_float(u[d])}).x * s); });
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
       s = to_float(u[D + d]);
       ds = dy * both.value.x;
     } else {
-      s = load_parameter<T>(args.bias, args.bias_is_float32, c);
+      s = 0.0f;
       for (int kh = 0; kh < K; ++kh) {
         float s_row = 0.0f, ds_row = 0.0f;
         for (int kw = 0; kw < K; ++kw) {
@@ -105,6 +106,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         s += s_row;
         ds += ds_row;
       }
+      s += load_parameter<T>(args.bias, args.bias_is_float32, c);
     }
     T* const du = args.du + pixel * (2 * D) + d;
     du[0] = from_float<T>(dy * s * both.slope.x);

@@ -6,6 +6,7 @@ any strides, and refuses what is not valid (`mambaout_kernels.checks`) before it
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,11 +63,21 @@ _default: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None  # of the pr
 if _default is not None and _default not in NAMES:
     raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {_default!r}")
 _forced: ContextVar[str | None] = ContextVar("mambaout_kernels.backends.forced", default=None)
+_forced_here = threading.local()  # its value, by thread: for torch.compile, which cannot trace a ContextVar before 2.14
 
 
 def forced() -> str | None:
     """The backend asked for: here by `force`, or in the process by `set_default` or the environment; or None."""
-    return _forced.get() or _default
+    name = getattr(_forced_here, "name", None) if torch.compiler.is_dynamo_compiling() else _forced.get()
+    return name or _default
+
+
+def _set_forced(name: str | None) -> None:
+    _forced.set(name)
+    if name is None:
+        vars(_forced_here).pop("name", None)  # as in a thread that forces nothing, for one compiled graph
+    else:
+        _forced_here.name = name
 
 
 @contextmanager
@@ -79,11 +90,11 @@ def force(name: str | None) -> Iterator[None]:
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot be used here.
     """
     previous = _forced.get()
-    _forced.set(previous if name is None else _usable(name))
+    _set_forced(previous if name is None else _usable(name))
     try:
         yield
     finally:
-        _forced.set(previous)
+        _set_forced(previous)
 
 
 def set_default(name: str | None) -> None:
