@@ -31,6 +31,8 @@ def examine(device: str, dtype: torch.dtype) -> Found:
         if device == "cuda":
             checks.append(("CUDA graphs, shape after shape", _graphs))
             checks.append(("compiled", _compiled))
+    if dtype == torch.float32:
+        checks.append(("blocks with products in TF32", partial(_tf32, device)))
     for dim in DIMS:
         name = str(dtype).removeprefix("torch.")
         checks.append((f"blocks of {dim} channels, {name}", partial(_block, dim, dtype, device)))
@@ -61,6 +63,26 @@ def _block(dim: int, dtype: torch.dtype, device: str) -> str | None:
         for size in MAPS:
             found += _compared(block, _input((*size, dim), dtype, device))
     return _wrong(found)
+
+
+def _tf32(device: str) -> str | None:
+    """As "high" allows: no further from fp64 than eager with TF32, but for the rounding of one product more."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for dim in DIMS:
+            block = enlivened(FusedGatedCNNBlock(dim)).to(device).eval()
+            x = _input((2, 14, 13, dim), torch.float32, device)
+            with torch.no_grad(), backends.force("reference"):
+                exact = copy.deepcopy(block).double()(x.double())
+                eager = float((block(x) - exact).norm())
+            with torch.no_grad():
+                actual = float((SplitBlock(block, x.dtype)(x) - exact).norm())
+            if not actual <= 1.5 * eager:
+                return f"{dim} channels: error {actual:.2e}, eager's {eager:.2e}"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return None
 
 
 def _large(device: str) -> str | None:

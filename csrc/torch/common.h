@@ -79,7 +79,8 @@ inline void check_cpu(const Tensor& tensor, const char* name) {
     end += static_cast<__int128>(sizes[dim] - 1) * strides[dim];
   }
   std::int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  STD_TORCH_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes) == AOTI_TORCH_SUCCESS, name,
+                  " must have a storage whose size is known");
   STD_TORCH_CHECK(end * tensor.element_size() <= bytes, name, " must lie within its storage, which has ", bytes,
                   " bytes; got shape ", text_of(sizes));
 }

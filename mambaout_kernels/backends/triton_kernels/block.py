@@ -27,7 +27,7 @@ def _rows_of(block, P, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _load_columns(
-    x_ptr, rows, present, first, DIM: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr = ""
+    x_ptr, rows, present, first, DIM: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr
 ):
     """[BLOCK_M, K]: columns first .. first + K of x (rows, DIM), zero where there are none; WHOLE: there are."""
     k = first + tl.arange(0, K)
@@ -63,10 +63,10 @@ def _affine(centred, rstd, gamma_ptr, beta_ptr, first, DIM: tl.constexpr, K: tl.
 def _layer_norm(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
     """layer_norm(x) of these rows, [BLOCK_M, K0] and [BLOCK_M, K1], in x's dtype; the second is the first if K1 = 0."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    x0 = _load_columns(x_ptr, rows, present, 0, DIM, K0, K0 <= DIM).to(tl.float32)
+    x0 = _load_columns(x_ptr, rows, present, 0, DIM, K0, K0 <= DIM, "").to(tl.float32)
     total = tl.sum(x0, 1)
     if K1 > 0:
-        x1 = _load_columns(x_ptr, rows, present, K0, DIM, K1, K0 + K1 <= DIM).to(tl.float32)
+        x1 = _load_columns(x_ptr, rows, present, K0, DIM, K1, K0 + K1 <= DIM, "").to(tl.float32)
         total += tl.sum(x1, 1)
     mean = total / DIM
     x0 -= mean[:, None]
@@ -263,7 +263,7 @@ def gated_linear_fwd(
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         i = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
-            a = _load_columns(a_ptr, rows, present, k, DIM, BLOCK_K, DIM % BLOCK_K == 0)
+            a = _load_columns(a_ptr, rows, present, k, DIM, BLOCK_K, DIM % BLOCK_K == 0, "")
             w = _load_turned(w1_ptr, d, inside, k, DIM, BLOCK_K, DIM % BLOCK_K == 0)
             g = tl.dot(a, w, g, input_precision=PRECISION)
             w = _load_turned(w1_ptr + D * DIM, d, inside, k, DIM, BLOCK_K, DIM % BLOCK_K == 0)
@@ -274,7 +274,7 @@ def gated_linear_fwd(
         inside = d < C
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
-            a = _load_columns(a_ptr, rows, present, k, DIM, BLOCK_K, DIM % BLOCK_K == 0)
+            a = _load_columns(a_ptr, rows, present, k, DIM, BLOCK_K, DIM % BLOCK_K == 0, "")
             w = _load_turned(w1_ptr + IDENTITY * DIM, d, inside, k, DIM, BLOCK_K, DIM % BLOCK_K == 0)
             g = tl.dot(a, w, g, input_precision=PRECISION)
         s = tl.load(s_ptr + rows[:, None] * C + d[None, :], mask=present[:, None] & inside[None, :], other=0.0)
