@@ -50,10 +50,11 @@ def _function(kernel: BlockKernel) -> tuple[Any, dict[str, Any]]:
         vector = tiles.VECTOR_BYTES * 8 // kernel.bits
         blocks = {"BLOCK_H": tile.block_h, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d}
         return block.depthwise_fwd, {"K": kernel.K, "VEC": vector, **blocks}
-    constants = {"DIM": kernel.dim, "BLOCK_M": tile.block_m}
+    precision = "tf32" if kernel.bits == 32 else "ieee"  # "ieee" of float32 is never launched
+    constants: dict[str, Any] = {"DIM": kernel.dim, "BLOCK_M": tile.block_m, "PRECISION": precision}
     if kernel.name == "layer_norm":
-        return block.layer_norm_fwd, {**constants, "K0": k0, "K1": k1}
-    constants |= {"BLOCK_N": tile.block_n, "PRECISION": "tf32"}
+        return block.layer_norm_fwd, {**constants, "K0": k0, "K1": k1, "BIASED": False, "ACT": "identity"}
+    constants |= {"BLOCK_N": tile.block_n}
     if kernel.name == "norm_linear":
         return block.norm_linear_fwd, {**constants, "K0": k0, "K1": k1, "N": kernel.conv_channels}
     constants |= {"D": kernel.hidden, "C": kernel.conv_channels, "ACT": kernel.act, "STAGES": tile.stages}

@@ -16,10 +16,12 @@ from ..nn.downsample import Downsample, Stem
 from ..nn.eligibility import conv3x3s2_reason, gated_cnn_block_reason, head_reason
 from ..nn.head import Head
 from ..nn.plain import has_hooks
+from ..ops.layer_norm import WIDEST
 from . import split_blocks
 from .model import InferenceModel, Part
+from .normed_convs import NormedDownsample, NormedStem
 from .parts import FusedHead, PackedBlocks, PackedDownsample, PackedStem
-from .split_blocks import SplitBlocks, split_reason
+from .split_blocks import GPU_DTYPES, SplitBlocks, split_reason
 
 
 def optimize_for_inference(
@@ -33,8 +35,9 @@ def optimize_for_inference(
 
     On the CPU the stem, what stands between the stages, each run of Gated CNN blocks, and the head become one op each,
     on weights packed for the instruction set in use. What cannot be fused runs through its own modules; `report()`
-    tells what and why. On GPUs each block is three kernels, or two and three matrix products of PyTorch's where it is
-    wide (ops/split_block.py); on other devices, and in what these do not take, blocks are fused as by `patch`.
+    tells what and why. On GPUs each block is three kernels, or three and two matrix products of PyTorch's where it is
+    wide (ops/split_block.py), and a convolution is followed by one kernel, for bias, norm and activation; on other
+    devices, and in what these do not take, blocks are fused as by `patch`.
 
     Args:
         model: a MambaOut of this package, of timm or of the authors, patched or not; one block; or any module that
@@ -247,12 +250,12 @@ class _Swap:
             return None
         if has_hooks(module):
             return "it has hooks"
-        if self.unpackable:
-            return self.unpackable
+        if (reason := self._conv_unavailable()) is not None:
+            return reason
         if type(module) is not Stem and not _agree(Stem.forward, module, 1, m.conv1.in_channels, 9, 10):
             return _DIFFERS
-        reason = conv3x3s2_reason(m.conv1, m.norm1, m.act, self.dtype)
-        return reason or conv3x3s2_reason(m.conv2, m.norm2, None, self.dtype) or PackedStem(m, self.dtype)
+        reason = self._conv_reason(m.conv1, m.norm1, m.act) or self._conv_reason(m.conv2, m.norm2, None)
+        return reason or (NormedStem(m) if self.unpackable else PackedStem(m, self.dtype))
 
     def _downsample(self, module: nn.Module) -> nn.Module | str | None:
         m: Any = module
@@ -260,8 +263,8 @@ class _Swap:
             return None
         if has_hooks(module):
             return "it has hooks"
-        if self.unpackable:
-            return self.unpackable
+        if (reason := self._conv_unavailable()) is not None:
+            return reason
         norm_first = getattr(m, "norm_first", False)
         if type(module) is not Downsample:
             size = (1, 5, 6, m.conv.in_channels)
@@ -270,8 +273,24 @@ class _Swap:
                     break
             else:
                 return _DIFFERS
-        reason = conv3x3s2_reason(m.conv, None if norm_first else m.norm, None, self.dtype)
+        reason = self._conv_reason(m.conv, None if norm_first else m.norm, None)
+        if self.unpackable:
+            return reason or NormedDownsample(m.conv, m.norm, norm_first)
         return reason or PackedDownsample(m.conv, m.norm, norm_first, self.dtype)
+
+    def _conv_unavailable(self) -> str | None:
+        """Why no convolution is fused with its norm on this device."""
+        if self.unpackable is None or self.unsplittable is None:
+            return None
+        return self.unpackable if self.device.type == "cpu" else self.unsplittable
+
+    def _conv_reason(self, conv: nn.Module, norm: nn.Module | None, act: nn.Module | None) -> str | None:
+        if self.unpackable is None:
+            return conv3x3s2_reason(conv, norm, act, self.dtype)
+        reason = conv3x3s2_reason(conv, norm, act, self.dtype, self.device, GPU_DTYPES)
+        if reason is None and norm is not None and conv.out_channels > WIDEST:  # type: ignore[operator]
+            reason = f"conv has {conv.out_channels} channels, above {WIDEST}"
+        return reason
 
     def _timm_head(self, module: nn.Module) -> nn.Module | str | None:
         """timm's heads, which pool and normalise themselves."""

@@ -1,4 +1,7 @@
-"""Gated CNN blocks of a frozen network on a GPU, whose hidden channels stay out of memory (ops/split_block.py)."""
+"""Gated CNN blocks of a frozen network on a GPU, whose hidden channels stay out of memory (ops/split_block.py).
+
+float32 weights are rounded to TF32 where torch.set_float32_matmul_precision allows it when the model is optimized.
+"""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -7,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..backends import cuda, triton
+from ..backends import triton
 from ..nn.alignment import padding, spread, with_zeros
 from ..nn.eligibility import GatedCNNBlock, gated_cnn_block_reason
 from ..nn.plain import activation_name, layer_scale_of
-from ..ops.split_block import NARROW, pack_filter, split_gated_cnn_block
+from ..ops.layer_norm import WIDEST
+from ..ops.split_block import pack_filter, round_weight, split_gated_cnn_block
 from .parts import refuse_gradients
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WIDEST = 1024  # channels of x that one program normalises
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -31,16 +34,10 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def split_reason(block: GatedCNNBlock, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a block is not split, or would be slower so."""
-    reason = gated_cnn_block_reason(block, dtype, device, _DTYPES)
-    if reason is None and block.dim > _WIDEST:
-        reason = f"dim is {block.dim}, above {_WIDEST}"
-    if reason is None and block.dim > NARROW and backends.forced() is None and cuda.unavailable() is None:
-        # Predicted from an H100's times of both: 240 us and 254 at 14 x 14 x 384, with three times the launches.
-        reason = f"dim is {block.dim}, above {NARROW}, where the compiled op between cuBLAS's products is as fast"
-    if reason is None and dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        # Of tensor cores, which alone make the fused products fast.
-        reason = "products in full float32 are cuBLAS's: torch.set_float32_matmul_precision('high') allows TF32"
+    """Why a block is not split."""
+    reason = gated_cnn_block_reason(block, dtype, device, GPU_DTYPES)
+    if reason is None and block.dim > WIDEST:
+        reason = f"dim is {block.dim}, above {WIDEST}"
     return reason
 
 
@@ -65,10 +62,11 @@ class SplitBlock(nn.Module):
         fc1_bias = given(fc1.bias, 2 * hidden)
         for name, t in (
             ("norm_weight", given(norm.weight, self.dim, 1.0)), ("norm_bias", given(norm.bias, self.dim)),
-            ("fc1_weight", spread(fc1.weight, 2 * parts, zeros)),
+            ("fc1_weight", round_weight(spread(fc1.weight.detach(), 2 * parts, zeros))),
             ("fc1_bias", spread(fc1_bias, 2 * parts, zeros[:, 0])),
             ("conv_weight", with_zeros(conv_weight, after_c)), ("conv_bias", with_zeros(conv_bias, after_c)),
-            ("fc2_weight", spread(fc2.weight, parts, zeros.t(), dim=1)), ("fc2_bias", given(fc2.bias, self.dim)),
+            ("fc2_weight", round_weight(spread(fc2.weight.detach(), parts, zeros.t(), dim=1))),
+            ("fc2_bias", given(fc2.bias, self.dim)),
             ("scale", layer_scale_of(block.ls)),
         ):  # fmt: skip
             self.register_buffer(name, None if t is None else t.detach().contiguous())

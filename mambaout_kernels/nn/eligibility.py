@@ -155,8 +155,14 @@ def _conv_parameters(block: GatedCNNBlock) -> dict[str, tuple[Tensor | None, tup
     return _parameters("conv", conv, channels, 1, *conv.kernel_size) if channels else {}
 
 
-def conv3x3s2_reason(conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, dtype: torch.dtype) -> str | None:
-    """Why act(norm(conv(x))) cannot run as one op in inference, in `dtype` on the CPU; None skips norm and act."""
+def conv3x3s2_reason(
+    conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, dtype: torch.dtype,
+    device: torch.device = _CPU, dtypes: Sequence[torch.dtype] = _DTYPES,
+) -> str | None:  # fmt: skip
+    """Why act(norm(conv(x))) cannot be fused in inference, in `dtype` on `device`, by ops that take `dtypes`.
+
+    None skips norm and act.
+    """
     if not is_plain(conv, nn.Conv2d):
         return f"conv has hooks, or is a {type(conv).__name__}, not a plain nn.Conv2d"
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
@@ -167,7 +173,7 @@ def conv3x3s2_reason(conv: nn.Module, norm: nn.Module | None, act: nn.Module | N
     c: Any = conv
     reason = None if norm is None else _layer_norm_reason("norm", norm, c.out_channels)
     named = _parameters("conv", conv, c.out_channels, c.in_channels, 3, 3) | _parameters("norm", norm, c.out_channels)
-    return reason or _parameters_reason(named, dtype)
+    return reason or _parameters_reason(named, dtype, device, dtypes)
 
 
 def head_reason(

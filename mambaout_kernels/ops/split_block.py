@@ -4,7 +4,8 @@
     out = x + ls(fc2(act(g) * concat(i, s))),   [g, i] = fc1_gi(layer_norm(x))
 
 Up to NARROW channels g, i and y stay in registers: three kernels, 7 * dim elements moved per pixel instead of 25.
-Above, y is written, and the products around it are PyTorch's (triton_kernels/block.py).
+Above, y is written, and the products around it are PyTorch's (triton_kernels/block.py). float32 is computed so where it
+may be multiplied in TF32; at full precision cuBLAS is faster, and u is written.
 """
 
 from typing import Any
@@ -37,6 +38,13 @@ def pack_filter(conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
     return block_launch.pack_filter(conv_weight, conv_bias)
 
 
+def round_weight(weight: Tensor) -> Tensor:
+    """A factor of products as they will be: in float32 where TF32 is allowed, rounded to that, which would be cut."""
+    from ..backends.triton_kernels import block_launch
+
+    return block_launch.round_tf32(weight) if block_launch.precision(weight) == "tf32" else weight
+
+
 def split_gated_cnn_block(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, conv_weight: Tensor,
     conv_bias: Tensor, taps: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, scale: Tensor | None, eps: float, act: str,
@@ -47,7 +55,7 @@ def split_gated_cnn_block(
         x: (N, H, W, dim), float32, bfloat16 or float16, any strides, on a GPU that Triton runs on.
         norm_weight, norm_bias, fc2_bias, scale (layer scale; None for none): (dim,).
         fc1_weight: (2 * hidden, dim), rows [g | i | c] of hidden, hidden - C and C; fc1_bias: (2 * hidden,).
-        fc2_weight: (dim, hidden).
+        fc2_weight: (dim, hidden). In float32 both are cut to TF32 where that is allowed, unless round_weight was there.
         conv_weight: (C, 1, K, K), K odd, 1 to 31; conv_bias: (C,); taps: what pack_filter makes of these.
         eps: of the norm. act: "gelu", "gelu_tanh", "silu" or "identity".
 
@@ -96,8 +104,13 @@ def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str, taps_blo
 
 
 def _by_cuda(c: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled kernel runs it, which is predicted to be faster than Triton's."""
+    """Whether the compiled kernel runs it: on an H100 twice as fast as Triton's (benchmarks/NOTES.md)."""
     return c.is_cuda and cuda.unavailable() is None and cuda.supports_depthwise(c, weight)
+
+
+def _whole(x: Tensor) -> bool:
+    """Whether products are at full float32 precision, which tensor cores do not have."""
+    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
 def _depthwise(c: Tensor, weight: Tensor, bias: Tensor, taps: Tensor) -> Tensor:
@@ -123,6 +136,10 @@ def _split_gated_cnn_block(
         scale, act, block_launch.TAPS_BLOCK,
     )  # fmt: skip
     x, first_c = x.contiguous(), 2 * fc2_weight.shape[1] - conv_weight.shape[0]
+    if _whole(x):
+        u = F.linear(block_launch.layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+        y = backends.select(u, conv_weight).gated_dwconv(u, conv_weight, conv_bias, act)
+        return _add(x, F.linear(y, fc2_weight, fc2_bias), scale)
     c_weight, c_bias = fc1_weight[first_c:], fc1_bias[first_c:]
     if x.shape[-1] <= NARROW:
         c = block_launch.norm_linear(x, norm_weight, norm_bias, c_weight, c_bias, eps)
@@ -130,9 +147,13 @@ def _split_gated_cnn_block(
         return block_launch.gated_mlp(
             x, s, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, eps, act
         )
-    a = block_launch.layer_norm(x, norm_weight, norm_bias, eps)
+    a = block_launch.layer_norm(x, norm_weight, norm_bias, eps, factor=True)
     s = _depthwise(F.linear(a, c_weight, c_bias), conv_weight, conv_bias, taps)
     branch = F.linear(block_launch.gated_linear(a, s, fc1_weight, fc1_bias, act), fc2_weight, fc2_bias)
+    return _add(x, branch, scale)
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return x + branch if scale is None else torch.addcmul(x, branch, scale)
 
 

@@ -3,6 +3,9 @@
     narrow:  c = norm_linear_fwd(x);  s = depthwise_fwd(c);  out = gated_mlp_fwd(x, s)
     wide:    a = layer_norm_fwd(x);  y = gated_linear_fwd(a, s), between cuBLAS's products for c and with fc2
 
+PRECISION "tf32": tensor cores cut float32 to TF32, so what is made here is rounded to it before; else every product
+were too small by one part in two thousand. Weights are rounded by `round_tf32`.
+
 Weights are read as nn.Linear keeps them, (out_features, in_features): fc1's rows are [g | i | c], as u's channels.
 A width that is no power of two is the sum of two, DIM = K0 + K1 (K1 = 0: one), so that 96 is not computed as 128.
 """
@@ -60,13 +63,32 @@ def _affine(centred, rstd, gamma_ptr, beta_ptr, first, DIM: tl.constexpr, K: tl.
 
 
 @triton.jit
-def _layer_norm(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
-    """layer_norm(x) of these rows, [BLOCK_M, K0] and [BLOCK_M, K1], in x's dtype; the second is the first if K1 = 0."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+def _rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x in `dtype`, a factor of products of that precision."""
+    x = x.to(dtype)
+    if PRECISION == "tf32":  # but not NaN, nor what would become infinite
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < 3.4e38, nearest, x)
+    return x
+
+
+@triton.jit
+def _layer_norm(
+    x_ptr, x_bias_ptr, gamma_ptr, beta_ptr, rows, present, eps,
+    DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """layer_norm(x + x_bias), the bias if BIASED, of these rows: fp32 [BLOCK_M, K0] and [BLOCK_M, K1]; the second is the
+    first if K1 = 0."""
     x0 = _load_columns(x_ptr, rows, present, 0, DIM, K0, K0 <= DIM, "").to(tl.float32)
+    if BIASED:
+        x0 += _load_vector(x_bias_ptr, tl.arange(0, K0), tl.arange(0, K0) < DIM)[None, :]
     total = tl.sum(x0, 1)
     if K1 > 0:
+        k1 = K0 + tl.arange(0, K1)
         x1 = _load_columns(x_ptr, rows, present, K0, DIM, K1, K0 + K1 <= DIM, "").to(tl.float32)
+        if BIASED:
+            x1 += _load_vector(x_bias_ptr, k1, k1 < DIM)[None, :]
         total += tl.sum(x1, 1)
     mean = total / DIM
     x0 -= mean[:, None]
@@ -79,11 +101,22 @@ def _layer_norm(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM: tl.constexp
             x1 = tl.where((K0 + tl.arange(0, K1) < DIM)[None, :], x1, 0.0)
         square += tl.sum(x1 * x1, 1)
     rstd = tl.rsqrt(square / DIM + eps)
-    a0 = _affine(x0, rstd, gamma_ptr, beta_ptr, 0, DIM, K0).to(dtype)
+    a0 = _affine(x0, rstd, gamma_ptr, beta_ptr, 0, DIM, K0)
     a1 = a0
     if K1 > 0:
-        a1 = _affine(x1, rstd, gamma_ptr, beta_ptr, K0, DIM, K1).to(dtype)
+        a1 = _affine(x1, rstd, gamma_ptr, beta_ptr, K0, DIM, K1)
     return a0, a1
+
+
+@triton.jit
+def _layer_norm_factor(
+    x_ptr, gamma_ptr, beta_ptr, rows, present, eps,
+    DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """layer_norm(x) as the left factor of products."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    a0, a1 = _layer_norm(x_ptr, x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM, K0, K1, False)
+    return _rounded(a0, dtype, PRECISION), _rounded(a1, dtype, PRECISION)
 
 
 @triton.jit
@@ -110,16 +143,21 @@ def _linear(
 
 @kernel
 def layer_norm_fwd(
-    x_ptr, gamma_ptr, beta_ptr, y_ptr, P, eps,
-    DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, x_bias_ptr, gamma_ptr, beta_ptr, y_ptr, P, eps,
+    DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, BIASED: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """y = layer_norm(x): x and y (P, DIM), contiguous."""
+    """y = act(layer_norm(x + x_bias)), the bias if BIASED: x and y (P, DIM), contiguous."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    WIDE: tl.constexpr = dtype == tl.float32
     first_row, rows, present = _rows_of(tl.program_id(0), P, BLOCK_M)
     x_ptr += first_row * DIM
     y_ptr += first_row * DIM
-    a0, a1 = _layer_norm(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM, K0, K1)
+    a0, a1 = _layer_norm(x_ptr, x_bias_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM, K0, K1, BIASED)
+    a0 = _rounded(gate(a0, ACT, WIDE), dtype, PRECISION)
     _store_columns(y_ptr, a0, rows, present, 0, DIM, K0, K0 <= DIM)
     if K1 > 0:
+        a1 = _rounded(gate(a1, ACT, WIDE), dtype, PRECISION)
         _store_columns(y_ptr, a1, rows, present, K0, DIM, K1, K0 + K1 <= DIM)
 
 
@@ -133,7 +171,7 @@ def norm_linear_fwd(
     first_row, rows, present = _rows_of(tl.program_id(0), P, BLOCK_M)
     x_ptr += first_row * DIM
     y_ptr += first_row * N
-    a0, a1 = _layer_norm(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM, K0, K1)
+    a0, a1 = _layer_norm_factor(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM, K0, K1, PRECISION)
     for first in tl.static_range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         y = _linear(a0, a1, w_ptr, b_ptr, n, n < N, DIM, K0, K1, PRECISION)
@@ -209,7 +247,7 @@ def gated_mlp_fwd(
     x_ptr += first_row * DIM
     s_ptr += first_row * C
     out_ptr += first_row * DIM
-    a0, a1 = _layer_norm(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM, K0, K1)
+    a0, a1 = _layer_norm_factor(x_ptr, gamma_ptr, beta_ptr, rows, present, eps, DIM, K0, K1, PRECISION)
     sums0 = tl.zeros((BLOCK_M, K0), tl.float32)
     sums1 = sums0
     if K1 > 0:
@@ -218,7 +256,7 @@ def gated_mlp_fwd(
         d = first + tl.arange(0, BLOCK_N)
         g = _linear(a0, a1, w1_ptr, b1_ptr, d, d < IDENTITY, DIM, K0, K1, PRECISION)
         i = _linear(a0, a1, w1_ptr + D * DIM, b1_ptr + D, d, d < IDENTITY, DIM, K0, K1, PRECISION)
-        y = (gate(g, ACT, WIDE) * i).to(dtype)
+        y = _rounded(gate(g, ACT, WIDE) * i, dtype, PRECISION)
         sums0 = _project(y, w2_ptr, d, d < IDENTITY, sums0, 0, DIM, D, K0, K0 <= DIM, PRECISION)
         if K1 > 0:
             sums1 = _project(y, w2_ptr, d, d < IDENTITY, sums1, K0, DIM, D, K1, K0 + K1 <= DIM, PRECISION)
@@ -227,7 +265,7 @@ def gated_mlp_fwd(
         g = _linear(a0, a1, w1_ptr + IDENTITY * DIM, b1_ptr + IDENTITY, d, d < C, DIM, K0, K1, PRECISION)
         mask = present[:, None] & (d < C)[None, :]
         s = tl.load(s_ptr + rows[:, None] * C + d[None, :], mask=mask, other=0.0)
-        y = (gate(g, ACT, WIDE) * s.to(tl.float32)).to(dtype)
+        y = _rounded(gate(g, ACT, WIDE) * s.to(tl.float32), dtype, PRECISION)
         sums0 = _project(y, w2_ptr + IDENTITY, d, d < C, sums0, 0, DIM, D, K0, K0 <= DIM, PRECISION)
         if K1 > 0:
             sums1 = _project(y, w2_ptr + IDENTITY, d, d < C, sums1, K0, DIM, D, K1, K0 + K1 <= DIM, PRECISION)
@@ -281,5 +319,5 @@ def gated_linear_fwd(
         i = s.to(tl.float32)
         d += IDENTITY
     g += _load_vector(b1_ptr, d, inside)[None, :]
-    y = (gate(g, ACT, WIDE) * i).to(dtype)
+    y = _rounded(gate(g, ACT, WIDE) * i, dtype, PRECISION)
     tl.store(y_ptr + rows[:, None] * D + d[None, :], y, mask=present[:, None] & inside[None, :])

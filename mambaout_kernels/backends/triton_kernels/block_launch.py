@@ -12,9 +12,10 @@ from .launch import _aligned, _blocks, _constants, _guard, _pack, _vector, archi
 TAPS_BLOCK = int(PACK_BLOCK.value)  # rows of `pack_filter` are multiples of it
 
 
-def _precision() -> str:
-    """Of fp32 products, as torch.set_float32_matmul_precision says. 16-bit ones are exact in any case."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def precision(x: Tensor) -> str:
+    """Of products of x: those of 16 bits are exact; float32 is as torch.set_float32_matmul_precision says."""
+    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
 
 
 def _tile(kernel: str, x: Tensor) -> block_tiles.BlockTile:
@@ -27,16 +28,27 @@ def pack_filter(weight: Tensor, bias: Tensor) -> Tensor:
         return _pack(weight, bias)[0]
 
 
-def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """layer_norm(x): x (..., dim)."""
+def round_tf32(t: Tensor) -> Tensor:
+    """float32 numbers to the nearest of TF32, ties away from zero: what weights must be before tensor cores cut them."""
+    nearest = ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(t.abs() < 3.4e38, nearest, t)
+
+
+def layer_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    x_bias: Tensor | None = None, act: str = "identity", factor: bool = False,
+) -> Tensor:  # fmt: skip
+    """act(layer_norm(x + x_bias)): x (..., dim), contiguous. factor: of products, that may be in TF32."""
     dim = x.shape[-1]
     y, P = torch.empty_like(x), x.numel() // dim
     tile, (k0, k1) = _tile("layer_norm", x), block_tiles.parts(dim)
     if P:
         with _guard(x):
             layer_norm_fwd[(triton.cdiv(P, tile.block_m),)](
-                x, gamma, beta, y, P, eps, DIM=dim, K0=k0, K1=k1, BLOCK_M=tile.block_m, **tile.options()
-            )
+                x, x if x_bias is None else x_bias, gamma, beta, y, P, eps, DIM=dim, K0=k0, K1=k1,
+                BIASED=x_bias is not None, ACT=act, PRECISION=precision(x) if factor else "ieee",
+                BLOCK_M=tile.block_m, **tile.options(),
+            )  # fmt: skip
     return y
 
 
@@ -48,7 +60,7 @@ def norm_linear(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Te
     if P and N:
         with _guard(x):
             norm_linear_fwd[(triton.cdiv(P, tile.block_m),)](
-                x, gamma, beta, weight, bias, y, P, eps, N=N, DIM=dim, K0=k0, K1=k1, PRECISION=_precision(),
+                x, gamma, beta, weight, bias, y, P, eps, N=N, DIM=dim, K0=k0, K1=k1, PRECISION=precision(x),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
             )  # fmt: skip
     return y
@@ -82,7 +94,7 @@ def gated_mlp(
             gated_mlp_fwd[(triton.cdiv(P, tile.block_m),)](
                 x, s, gamma, beta, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc2_bias if scale is None else scale,
                 out, P, eps, DIM=dim, K0=k0, K1=k1, D=D, C=C, ACT=act, SCALED=scale is not None,
-                PRECISION=_precision(), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+                PRECISION=precision(x), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
                 **tile.options(),
             )  # fmt: skip
     return out
@@ -97,7 +109,7 @@ def gated_linear(a: Tensor, s: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, act
     if P:
         with _guard(a):
             gated_linear_fwd[(triton.cdiv(P, tile.block_m) * blocks,)](
-                a, s, fc1_weight, fc1_bias, y, P, DIM=dim, D=D, C=C, ACT=act, PRECISION=_precision(),
+                a, s, fc1_weight, fc1_bias, y, P, DIM=dim, D=D, C=C, ACT=act, PRECISION=precision(a),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
                 **tile.options(),
             )  # fmt: skip

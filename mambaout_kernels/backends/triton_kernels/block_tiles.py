@@ -1,4 +1,5 @@
-"""Which tiles the kernels of block.py are launched with. Predicted from machine code (`mambaout-kernels audit`)."""
+"""Which tiles the kernels of block.py are launched with: of sm_90 the fastest on an H100 (benchmarks/NOTES.md), of
+others predicted from machine code (`mambaout-kernels audit`)."""
 
 import functools
 from dataclasses import dataclass
@@ -45,11 +46,10 @@ class BlockRow:
 
 
 _ANY = 1 << 30
-# By registers without spills, then by warps that share a multiprocessor, as compiled: benchmarks/NOTES.md.
+# Others than sm_90's: by registers without spills, then by warps that share a multiprocessor.
 ROWS = (
-    BlockRow("sm_90", "gated_mlp", 16, 96, BlockTile(64, 32, 4, 2, registers=168)),
-    BlockRow("sm_90", "gated_mlp", 16, 192, BlockTile(128, 32, 8, 2)),
-    BlockRow("sm_90", "gated_mlp", 16, _ANY, BlockTile(128, 16, 8, 2)),
+    BlockRow("sm_90", "gated_mlp", 16, 128, BlockTile(64, 32, 4, 2, registers=168)),
+    BlockRow("sm_90", "gated_mlp", 16, _ANY, BlockTile(128, 32, 8, 3)),
     BlockRow("sm_100", "gated_mlp", 16, 192, BlockTile(128, 32, 8, 2)),
     BlockRow("sm_80", "gated_mlp", 16, 192, BlockTile(32, 32, 4, 2)),
     BlockRow("any", "gated_mlp", 16, 128, BlockTile(64, 32, 4, 2)),
@@ -59,13 +59,15 @@ ROWS = (
     BlockRow("sm_90", "gated_mlp", 32, _ANY, BlockTile(64, 16, 8, 2)),
     BlockRow("sm_100", "gated_mlp", 32, _ANY, BlockTile(64, 16, 8, 2)),
     BlockRow("any", "gated_mlp", 32, _ANY, BlockTile(32, 16, 8, 2)),
-    BlockRow("sm_90", "gated_linear", 16, 640, BlockTile(128, 128, 8, 3, block_k=64)),
     BlockRow("any", "gated_linear", 16, _ANY, BlockTile(128, 64, 8, 3, block_k=64)),
     BlockRow("any", "gated_linear", 32, _ANY, BlockTile(64, 64, 8, 3, block_k=32)),
+    BlockRow("sm_90", "norm_linear", 16, _ANY, BlockTile(128, 64, 4, 1)),
     BlockRow("any", "norm_linear", 16, _ANY, BlockTile(64, 64, 4, 1)),
     BlockRow("any", "norm_linear", 32, _ANY, BlockTile(64, 32, 8, 1)),
-    BlockRow("any", "layer_norm", 16, _ANY, BlockTile(16, 0, 4, 1)),
-    BlockRow("any", "layer_norm", 32, _ANY, BlockTile(16, 0, 8, 1)),
+    BlockRow("any", "layer_norm", 16, 96, BlockTile(16, 0, 4, 1)),
+    BlockRow("any", "layer_norm", 16, _ANY, BlockTile(2, 0, 1, 1)),
+    BlockRow("any", "layer_norm", 32, 96, BlockTile(16, 0, 4, 1)),
+    BlockRow("any", "layer_norm", 32, _ANY, BlockTile(2, 0, 1, 1)),
 )
 KERNELS = tuple(dict.fromkeys(row.kernel for row in ROWS))
 
