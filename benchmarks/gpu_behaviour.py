@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from mambaout_kernels import backends
@@ -142,7 +143,10 @@ def _refuses(backend: str) -> str | None:
 def _trained_block(
     backend: str, device: str, dtype: torch.dtype, low: torch.dtype | None, compiled: bool
 ) -> str | None:
-    """Output and every gradient, within the policy of accuracy.py."""
+    """Output and every gradient, within the policy of accuracy.py.
+
+    Without the compiler's cache on the disk: torch 2.11 finds in it under fp16 autocast what it kept under bf16.
+    """
     block = enlivened(FusedGatedCNNBlock(96)).to(device, dtype)
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn((2, 14, 14, 96), generator=generator).to(device, dtype) for _ in range(2))
@@ -150,7 +154,8 @@ def _trained_block(
     def step(of: Any, name: str, precision: torch.dtype, cast: torch.dtype | None) -> dict[str, Tensor]:
         leaf = x.to(precision).requires_grad_()
         run = torch.compile(of, fullgraph=True, dynamic=False) if compiled and name == backend else of
-        with backends.force(name), torch.autocast(device, cast or torch.bfloat16, enabled=cast is not None):
+        casting = torch.autocast(device, cast or torch.bfloat16, enabled=cast is not None)
+        with backends.force(name), casting, functorch_config.patch(enable_autograd_cache=False):
             y = run(leaf)
         names, parameters = zip(*of.named_parameters(), strict=True)
         gradients = torch.autograd.grad(y, [leaf, *parameters], dy.to(y.dtype))

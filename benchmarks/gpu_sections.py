@@ -309,7 +309,8 @@ def counters(settings: Settings) -> Found:
             yield "counters", {"stage": stage, **kernel}
 
 
-INFERENCE = ("fused", "modules", "compile-fused", "eager", "naive", "timm", "timm-channels-last", "timm-compile")
+INFERENCE = ("fused", "fused-graphs", "modules", "compile-fused", "eager", "naive", "timm", "timm-channels-last",
+             "timm-compile", "timm-reduce-overhead")
 TRAINING = ("fused", "compile-fused", "eager", "timm", "timm-compile")
 BLOCK = ("fused", "modules", "cuda", "triton", "compile-fused", "eager", "naive", "compile")
 
@@ -324,7 +325,8 @@ def replayed_model(settings: Settings) -> Found:
     """One image and eight, where the host's time is most of it: as they are, and as CUDA graphs."""
     for batch in (1, 8):
         for graph in (False, True):
-            contenders = ("fused", "eager", "timm") if graph else ("fused", "compile-fused", "eager", "timm-compile")
+            plain = ("fused", "fused-graphs", "compile-fused", "eager", "timm-compile", "timm-reduce-overhead")
+            contenders = ("fused", "eager", "timm") if graph else plain
             yield from times(settings, "model", "bf16", batch, contenders, ("fwd",), graph=graph)
 
 

@@ -66,7 +66,8 @@ def _block(dim: int, dtype: torch.dtype, device: str) -> str | None:
 
 
 def _tf32(device: str) -> str | None:
-    """As "high" allows: no further from fp64 than eager with TF32, but for the rounding of one product more."""
+    """Factors of TF32 are off by 2^-12 each in the mean where they are rounded, those of a product by 2^-11.5, of three
+    in a row by 2^-10.7; where they are cut, products shrink by 2^-10.5 each, the branch by 2^-9."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -75,11 +76,10 @@ def _tf32(device: str) -> str | None:
             x = _input((2, 14, 13, dim), torch.float32, device)
             with torch.no_grad(), backends.force("reference"):
                 exact = copy.deepcopy(block).double()(x.double())
-                eager = float((block(x) - exact).norm())
             with torch.no_grad():
-                actual = float((SplitBlock(block, x.dtype)(x) - exact).norm())
-            if not actual <= 1.5 * eager:
-                return f"{dim} channels: error {actual:.2e}, eager's {eager:.2e}"
+                error = float((SplitBlock(block, x.dtype)(x) - exact).norm() / (exact - x).norm())
+            if not error <= 2**-10:
+                return f"{dim} channels: error {error:.2e} of the branch"
     finally:
         torch.set_float32_matmul_precision(before)
     return None

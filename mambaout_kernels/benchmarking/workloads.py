@@ -2,6 +2,7 @@
 
 fused            this package, on the best backend for the device; blocks and models in mode fwd by
                  optimize_for_inference, but under autocast
+fused-graphs     models in mode fwd by optimize_for_inference(..., cuda_graphs=True)
 modules          this package's drop-in modules in mode fwd, with weights as they lie
 cuda, triton     this package, on this backend
 compile-fused    torch.compile of fused
@@ -11,6 +12,7 @@ naive            the paper's baseline before partial convolution: all D channels
 compile          torch.compile of eager
 max-autotune     the same, where inductor tries templates of kernels
 timm, timm-channels-last, timm-compile   timm's model with the same weights
+timm-reduce-overhead   torch.compile of it that replays CUDA graphs
 and peers, other runtimes (peers.py), for the forward of blocks and models on the CPU
 """
 
@@ -42,17 +44,18 @@ MODES = {
     "train": "forward and backward",
 }
 CONTENDERS = {
-    "fused": "fused", "modules": "drop-in modules", "cuda": "CUDA C++", "triton": "Triton",
+    "fused": "fused", "fused-graphs": "fused, CUDA graphs", "modules": "drop-in modules", "cuda": "CUDA C++", "triton": "Triton",
     "compile-fused": "torch.compile of fused",
     "eager": "eager partial", "cudnn-benchmark": "eager, cudnn.benchmark", "naive": "naive full-channel",
     "compile": "torch.compile", "max-autotune": "torch.compile, max-autotune",
     "timm": "timm", "timm-channels-last": "timm, channels_last", "timm-compile": "torch.compile of timm",
+    "timm-reduce-overhead": "torch.compile of timm, CUDA graphs",
     **peers.NAMES,
 }  # fmt: skip
 FORCED = ("cuda", "triton")
-OWN = ("fused", "modules", *FORCED, "compile-fused")
+OWN = ("fused", "fused-graphs", "modules", *FORCED, "compile-fused")
 _COMPILED = {"compile": "default", "compile-fused": "default", "timm-compile": "default",
-             "max-autotune": "max-autotune-no-cudagraphs"}  # fmt: skip
+             "timm-reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune-no-cudagraphs"}  # fmt: skip
 MAY_FAIL = (*_COMPILED, *FORCED, *peers.NAMES)  # named with the reason then; of the others, that is an error
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NOT_AVAILABLE = "not available"
@@ -191,18 +194,18 @@ def _compiled(posed: Problem, mode: str) -> Problem:
     return replace(posed, forward=torch.compile(posed.forward, fullgraph=True, dynamic=False, mode=mode))
 
 
-def optimized(cell: Cell, posed: Problem) -> Problem:
+def optimized(cell: Cell, posed: Problem, cuda_graphs: bool = False) -> Problem:
     """What "fused" runs: in inference, a frozen copy of the module."""
     if posed.module is None or cell.mode != "fwd" or cell.autocast:
         return posed
-    module = optimize_for_inference(posed.module)
+    module = optimize_for_inference(posed.module, cuda_graphs=cuda_graphs)
     return Problem(partial(module, posed.x), posed.leaves, module, posed.x)
 
 
 def _own(name: str, cell: Cell, posed: Problem) -> Problem:
     """What one of ours runs."""
-    if name in ("fused", "compile-fused"):
-        posed = optimized(cell, posed)
+    if name in ("fused", "fused-graphs", "compile-fused"):
+        posed = optimized(cell, posed, name == "fused-graphs")
     return _compiled(posed, _COMPILED[name]) if name in _COMPILED else posed
 
 
@@ -260,6 +263,8 @@ def _built(name: str, cell: Cell, partial_channel: Problem, folder: Path) -> Con
         return _peer(name, cell, folder)
     if name in FORCED and (reason := backends.status()[name]) is not None:
         raise peers.NotAvailable(reason)
+    if name == "fused-graphs" and (cell.device != "cuda" or cell.subject == "op" or cell.mode != "fwd" or cell.autocast):
+        raise peers.NotAvailable("of blocks and models in mode fwd on a GPU, outside autocast")
     if name == "modules" and (cell.subject == "op" or cell.mode != "fwd"):
         raise peers.NotAvailable("what fused is, but for blocks and models in mode fwd")
     posed = problem(cell, full_channel=True) if name == "naive" else partial_channel

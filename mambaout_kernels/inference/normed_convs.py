@@ -1,5 +1,8 @@
-"""The stem and what stands between stages, of a frozen network on a GPU: cuDNN's convolutions in NHWC without their
-biases, which one kernel adds before it normalises (ops/layer_norm.py)."""
+"""The stem and what stands between stages, of a frozen network on a GPU: convolutions with bias, norm and activation.
+
+Narrow ones of 16 bits are one kernel; others are cuDNN's without their biases, before a kernel that adds them, normalises
+and activates (ops/layer_norm.py).
+"""
 
 from typing import Any
 
@@ -8,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.plain import activation_name
-from ..ops.layer_norm import layer_norm_act
+from ..ops.layer_norm import conv3x3s2_norm_act, layer_norm_act, pack_conv
 from ..reference import activation
 from .parts import refuse_gradients
 
+NARROW = 128  # output channels: as many sums as a program keeps without losing the others that share its registers
+
 
 class NormedConv(nn.Module):
-    """act(layer_norm(conv(x))): x (N, H, W, in_channels) to (N, H/2, W/2, out_channels), contiguous.
+    """act(layer_norm(conv(x))): x (N, in_channels, H, W) to (N, H/2, W/2, out_channels), contiguous.
 
     Without norm, act(conv(x)).
     """
@@ -26,9 +31,11 @@ class NormedConv(nn.Module):
         self.act = "identity" if act is None else str(activation_name(act))
         weight = conv.weight.detach()
         like = weight[:, 0, 0, 0]
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.own = self.normed and weight.dtype.itemsize == 2 and weight.shape[0] <= NARROW
+        packed = pack_conv(weight) if self.own else weight.contiguous(memory_format=torch.channels_last)
         for name, t, otherwise in (
-            ("bias", conv.bias, None),
+            ("weight", packed, None),
+            ("bias", conv.bias, torch.zeros_like(like)),
             ("norm_weight", getattr(norm, "weight", None), torch.ones_like(like)),
             ("norm_bias", getattr(norm, "bias", None), torch.zeros_like(like)),
         ):
@@ -36,7 +43,9 @@ class NormedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b: Any = self
-        x = x.permute(0, 3, 1, 2)
+        if self.own:
+            return conv3x3s2_norm_act(x, b.weight, b.bias, b.norm_weight, b.norm_bias, self.eps, self.act)
+        x = x.contiguous(memory_format=torch.channels_last)
         if not self.normed:
             y = F.conv2d(x, b.weight, b.bias, self.stride, self.padding).permute(0, 2, 3, 1)
             return activation(y, self.act).contiguous()
@@ -44,7 +53,7 @@ class NormedConv(nn.Module):
         return layer_norm_act(y, b.bias, b.norm_weight, b.norm_bias, self.eps, self.act)
 
     def extra_repr(self) -> str:
-        return f"out_channels={self.get_buffer('weight').shape[0]}, normed={self.normed}, act={self.act}"
+        return f"out_channels={self.get_buffer('bias').shape[0]}, normed={self.normed}, act={self.act}"
 
 
 class NormedStem(nn.Module):
@@ -57,7 +66,7 @@ class NormedStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        y: Tensor = self.second(self.first(x.permute(0, 2, 3, 1).contiguous()))
+        y: Tensor = self.second(self.first(x).permute(0, 3, 1, 2))
         return y
 
 
@@ -71,5 +80,5 @@ class NormedDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        y: Tensor = self.conv(self.norm(x))
+        y: Tensor = self.conv(self.norm(x).permute(0, 3, 1, 2))
         return y

@@ -2,7 +2,8 @@
 
     y = act(g) * concat(i, dwconv(c)),   u = [g, i, c]
 
-Saved for backward: u, weight and bias, nothing else; the convolution is recomputed.
+Saved for backward: u, weight and bias, nothing else; the convolution is recomputed. gated_dwconv_backward takes u as
+(N, H, W, 2D) or as its rows (N * H * W, 2D), and returns du like it.
 """
 
 from typing import Any
@@ -63,6 +64,9 @@ def _forward_impl(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
 
 
 def _backward_impl(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    if u.ndim == 2:
+        du, dweight, dbias = _backward_impl(dy, _map_of(u, dy), weight, bias, act)
+        return du.view(u.shape), dweight, dbias
     try:
         backend = backends.select(u, weight, backward=True)
         if backend is reference:
@@ -80,9 +84,19 @@ def _forward_fake(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     return u.new_empty((*u.shape[:3], u.shape[3] // 2))
 
 
+def _map_of(rows: Tensor, like: Tensor) -> Tensor:
+    """u (N, H, W, 2D) of its rows (N * H * W, 2D), beside a dy."""
+    if rows.ndim != 2:
+        return rows
+    if like.ndim != 4 or rows.shape[0] != like.shape[0] * like.shape[1] * like.shape[2]:
+        raise ValueError(f"u must have a row for each pixel of dy, {tuple(like.shape)}; got shape {tuple(rows.shape)}")
+    return rows.unflatten(0, like.shape[:3])
+
+
 def _backward_fake(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    check(u, weight, bias, act)
-    check_gradient(dy, u)
+    u_map = _map_of(u, dy)
+    check(u_map, weight, bias, act)
+    check_gradient(dy, u_map)
     return u.new_empty(u.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
@@ -94,8 +108,11 @@ def _save_forward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: 
 
 def _differentiate_forward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     u, weight, bias = ctx.saved_tensors
+    if u.is_contiguous():  # torch.compile takes what has four dimensions for an image of a convolution's, and keeps it
+        u = u.flatten(0, 2)  # transposed
     with backends.force(ctx.backend):
-        gradients = _backward_op(dy, u, weight, bias, ctx.act)
+        du, *others = _backward_op(dy, u, weight, bias, ctx.act)
+    gradients = (_map_of(du, dy), *others)
     return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)), None)
 
 
@@ -110,7 +127,8 @@ def _differentiate_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None,
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
         dy, u, weight, bias = inputs
-        outputs = reference.gated_dwconv_backward(dy, u, weight, bias, ctx.act)
+        du, *others = reference.gated_dwconv_backward(dy, _map_of(u, dy), weight, bias, ctx.act)
+        outputs = (du.view(u.shape), *others)
     wanted = [t for t in inputs if t.requires_grad]
     differentiable = [(o, up) for o, up in zip(outputs, upstream, strict=True) if o.requires_grad]
     found = iter(

@@ -1,4 +1,5 @@
-"""y = act(layer_norm(x + x_bias)) in one kernel on a GPU: what follows a convolution of the stem and between stages."""
+"""What stands before the stages, on a GPU: act(layer_norm(x + x_bias)) in one kernel, behind a convolution of cuDNN's,
+or with the convolution (3 x 3, stride 2) in it."""
 
 from typing import Any
 
@@ -9,10 +10,16 @@ from ..reference import ACTIVATIONS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 1024  # channels that one program holds
+MOST_PIXELS = 2**31  # of images, which are counted in 32 bits
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
 _library.define(
     "layer_norm_act(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps, str act) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "conv3x3s2_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, str act) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -34,9 +41,60 @@ def layer_norm_act(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tenso
     return _op(x, x_bias, weight, bias, eps, act)
 
 
+def conv3x3s2_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, act: str
+) -> Tensor:
+    """act(layer_norm(conv(x) + bias)), conv of 3 x 3, stride 2 and zero padding 1; without gradients, rounded once.
+
+    Args:
+        x: (N, C, H, W), bfloat16 or float16, any strides, on a GPU that Triton runs on.
+        weight: (9 * C, dim), what pack_conv makes of a conv's; dim 1 to 1024.
+        bias, norm_weight, norm_bias: (dim,). All in x's dtype.
+        eps: of the norm. act: "gelu", "gelu_tanh", "silu" or "identity".
+
+    Returns:
+        (N, (H + 1) // 2, (W + 1) // 2, dim), contiguous.
+
+    Raises:
+        ValueError: a wrong shape, device or act. TypeError: a wrong dtype.
+    """
+    return _conv_op(x, weight, bias, norm_weight, norm_bias, eps, act)
+
+
+def pack_conv(weight: Tensor) -> Tensor:
+    """(dim, C, 3, 3) as conv3x3s2_norm_act reads it: (9 * C, dim), taps before channels."""
+    return weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+
+
+def _conv3x3s2_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, act: str
+) -> Tensor:
+    from ..backends.triton_kernels import block_launch
+
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must be (N, C, H, W), of C, H, W at least 1; got shape {tuple(x.shape)}")
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x must be bfloat16 or float16; got {x.dtype}")
+    C, dim = x.shape[1], weight.shape[-1] if weight.ndim else 0
+    if weight.shape != (9 * C, dim) or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"weight must be (9 * {C}, dim) of {x.dtype} on {x.device}; got {tuple(weight.shape)} of {weight.dtype} on "
+            f"{weight.device}"
+        )
+    if not weight.is_contiguous() or x.numel() // C >= MOST_PIXELS:
+        raise ValueError(f"weight must be contiguous, and x have fewer than 2^31 pixels; got {tuple(x.shape)}")
+    _check(weight, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}, act)
+    return block_launch.conv3x3s2_norm(x, weight, bias, norm_weight, norm_bias, eps, act)
+
+
+def _conv_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    N, _C, H, W = x.shape
+    return x.new_empty((N, (H + 1) // 2, (W + 1) // 2, weight.shape[1]))
+
+
 def _check(x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:
     if x.ndim == 0 or not 1 <= x.shape[-1] <= WIDEST:
-        raise ValueError(f"x must be (..., dim), dim 1 to {WIDEST}; got shape {tuple(x.shape)}")
+        raise ValueError(f"the normed dimension must have 1 to {WIDEST} channels; got shape {tuple(x.shape)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16; got {x.dtype}")
     if act not in ACTIVATIONS:
@@ -65,4 +123,7 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 _library.impl("layer_norm_act", _layer_norm_act, "CompositeExplicitAutograd")
 torch.library.register_fake("mambaout_kernels::layer_norm_act", _fake, lib=_library)
+_library.impl("conv3x3s2_norm_act", _conv3x3s2_norm_act, "CompositeExplicitAutograd")
+torch.library.register_fake("mambaout_kernels::conv3x3s2_norm_act", _conv_fake, lib=_library)
 _op = torch.ops.mambaout_kernels.layer_norm_act.default
+_conv_op = torch.ops.mambaout_kernels.conv3x3s2_norm_act.default

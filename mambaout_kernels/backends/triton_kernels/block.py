@@ -3,6 +3,8 @@
     narrow:  c = norm_linear_fwd(x);  s = depthwise_fwd(c);  out = gated_mlp_fwd(x, s)
     wide:    a = layer_norm_fwd(x);  y = gated_linear_fwd(a, s), between cuBLAS's products for c and with fc2
 
+and what stands before the stages, conv3x3s2_norm_fwd.
+
 PRECISION "tf32": tensor cores cut float32 to TF32, so what is made here is rounded to it before; else every product
 were too small by one part in two thousand. Weights are rounded by `round_tf32`.
 
@@ -81,13 +83,24 @@ def _layer_norm(
     """layer_norm(x + x_bias), the bias if BIASED, of these rows: fp32 [BLOCK_M, K0] and [BLOCK_M, K1]; the second is the
     first if K1 = 0."""
     x0 = _load_columns(x_ptr, rows, present, 0, DIM, K0, K0 <= DIM, "").to(tl.float32)
+    x1 = x0
+    if K1 > 0:
+        x1 = _load_columns(x_ptr, rows, present, K0, DIM, K1, K0 + K1 <= DIM, "").to(tl.float32)
+    return _normed(x0, x1, x_bias_ptr, gamma_ptr, beta_ptr, eps, DIM, K0, K1, BIASED)
+
+
+@triton.jit
+def _normed(
+    x0, x1, x_bias_ptr, gamma_ptr, beta_ptr, eps,
+    DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """The same of x in registers, fp32, zero beyond DIM."""
     if BIASED:
         x0 += _load_vector(x_bias_ptr, tl.arange(0, K0), tl.arange(0, K0) < DIM)[None, :]
     total = tl.sum(x0, 1)
     if K1 > 0:
-        k1 = K0 + tl.arange(0, K1)
-        x1 = _load_columns(x_ptr, rows, present, K0, DIM, K1, K0 + K1 <= DIM, "").to(tl.float32)
         if BIASED:
+            k1 = K0 + tl.arange(0, K1)
             x1 += _load_vector(x_bias_ptr, k1, k1 < DIM)[None, :]
         total += tl.sum(x1, 1)
     mean = total / DIM
@@ -159,6 +172,52 @@ def layer_norm_fwd(
     if K1 > 0:
         a1 = _rounded(gate(a1, ACT, WIDE), dtype, PRECISION)
         _store_columns(y_ptr, a1, rows, present, K0, DIM, K1, K0 + K1 <= DIM)
+
+
+@kernel
+def conv3x3s2_norm_fwd(
+    x_ptr, w_ptr, b_ptr, gamma_ptr, beta_ptr, y_ptr, P, H, W, OH, OW, stride_n, stride_h, stride_w, stride_c, eps,
+    C: tl.constexpr, DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ACT: tl.constexpr, NHWC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y = act(layer_norm(conv(x) + b)), 3 x 3, stride 2, padding 1: x (N, C, H, W) by its strides, or in NHWC
+    contiguous; w (9 * C, DIM), taps before channels; y (P, DIM), contiguous, P = N * OH * OW below 2^31.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first_row, rows, present = _rows_of(tl.program_id(0), P, BLOCK_M)
+    pixel = tl.program_id(0) * BLOCK_M + rows
+    image = (pixel // (OW * OH)).to(tl.int64)
+    h, w = pixel // OW % OH * 2 - 1, pixel % OW * 2 - 1
+    if NHWC:
+        x_rows = x_ptr + (((image * H + h) * W + w) * C)
+    else:
+        x_rows = x_ptr + (image * stride_n + h * stride_h + w * stride_w)
+    n0 = tl.arange(0, K0)
+    sums0 = tl.zeros((BLOCK_M, K0), tl.float32)
+    sums1 = sums0
+    if K1 > 0:
+        n1 = K0 + tl.arange(0, K1)
+        sums1 = tl.zeros((BLOCK_M, K1), tl.float32)
+    for start in tl.range(0, 9 * C, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        kh, kw, c = k // (3 * C), k // C % 3, k % C
+        if NHWC:
+            offset = (kh * W + kw) * C + c
+        else:
+            offset = kh * stride_h + kw * stride_w + c * stride_c
+        x_h, x_w, tap = h[:, None] + kh[None, :], w[:, None] + kw[None, :], k < 9 * C
+        inside = present[:, None] & tap[None, :] & (x_h >= 0) & (x_h < H) & (x_w >= 0) & (x_w < W)
+        x = tl.load(x_rows[:, None] + offset[None, :], mask=inside, other=0.0)
+        w0 = tl.load(w_ptr + k[:, None] * DIM + n0[None, :], mask=tap[:, None] & (n0 < DIM)[None, :], other=0.0)
+        sums0 = tl.dot(x, w0, sums0)
+        if K1 > 0:
+            w1 = tl.load(w_ptr + k[:, None] * DIM + n1[None, :], mask=tap[:, None] & (n1 < DIM)[None, :], other=0.0)
+            sums1 = tl.dot(x, w1, sums1)
+    y0, y1 = _normed(sums0, sums1, b_ptr, gamma_ptr, beta_ptr, eps, DIM, K0, K1, True)
+    y_ptr += first_row * DIM
+    _store_columns(y_ptr, gate(y0, ACT, False).to(dtype), rows, present, 0, DIM, K0, K0 <= DIM)
+    if K1 > 0:
+        _store_columns(y_ptr, gate(y1, ACT, False).to(dtype), rows, present, K0, DIM, K1, K0 + K1 <= DIM)
 
 
 @kernel

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from . import block_tiles, tiles
-from .block import depthwise_fwd, gated_linear_fwd, gated_mlp_fwd, layer_norm_fwd, norm_linear_fwd
+from .block import conv3x3s2_norm_fwd, depthwise_fwd, gated_linear_fwd, gated_mlp_fwd, layer_norm_fwd, norm_linear_fwd
 from .conv import PACK_BLOCK
 from .launch import _aligned, _blocks, _constants, _guard, _pack, _vector, architecture
 
@@ -20,6 +20,11 @@ def precision(x: Tensor) -> str:
 
 def _tile(kernel: str, x: Tensor) -> block_tiles.BlockTile:
     return block_tiles.choose(architecture(x.device), kernel, 8 * x.element_size(), x.shape[-1])
+
+
+def _conv_tile(x: Tensor, dim: int) -> block_tiles.BlockTile:
+    kernel = "image_conv" if x.shape[1] < 16 else "conv3x3s2_norm"
+    return block_tiles.choose(architecture(x.device), kernel, 8 * x.element_size(), dim)
 
 
 def pack_filter(weight: Tensor, bias: Tensor) -> Tensor:
@@ -48,6 +53,23 @@ def layer_norm(
                 x, x if x_bias is None else x_bias, gamma, beta, y, P, eps, DIM=dim, K0=k0, K1=k1,
                 BIASED=x_bias is not None, ACT=act, PRECISION=precision(x) if factor else "ieee",
                 BLOCK_M=tile.block_m, **tile.options(),
+            )  # fmt: skip
+    return y
+
+
+def conv3x3s2_norm(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, act: str) -> Tensor:
+    """act(layer_norm(conv(x) + bias)): x (N, C, H, W) of 16 bits, any strides, weight (9 * C, dim); (N, OH, OW, dim)."""
+    (N, C, H, W), dim = x.shape, weight.shape[1]
+    OH, OW = (H + 1) // 2, (W + 1) // 2
+    y, P = x.new_empty((N, OH, OW, dim)), N * OH * OW
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    tile, (k0, k1) = _conv_tile(x, dim), block_tiles.parts(dim)
+    if P:
+        with _guard(x):
+            conv3x3s2_norm_fwd[(triton.cdiv(P, tile.block_m),)](
+                x, weight, bias, gamma, beta, y, P, H, W, OH, OW, *(x.stride(i) for i in (0, 2, 3, 1)), eps, C=C,
+                DIM=dim, K0=k0, K1=k1, ACT=act, NHWC=nhwc, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
+                STAGES=tile.stages, **tile.options(),
             )  # fmt: skip
     return y
 

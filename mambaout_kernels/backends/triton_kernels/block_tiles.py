@@ -65,9 +65,11 @@ ROWS = (
     BlockRow("any", "norm_linear", 16, _ANY, BlockTile(64, 64, 4, 1)),
     BlockRow("any", "norm_linear", 32, _ANY, BlockTile(64, 32, 8, 1)),
     BlockRow("any", "layer_norm", 16, 96, BlockTile(16, 0, 4, 1)),
-    BlockRow("any", "layer_norm", 16, _ANY, BlockTile(2, 0, 1, 1)),
+    BlockRow("any", "layer_norm", 16, _ANY, BlockTile(4, 0, 1, 1)),
     BlockRow("any", "layer_norm", 32, 96, BlockTile(16, 0, 4, 1)),
-    BlockRow("any", "layer_norm", 32, _ANY, BlockTile(2, 0, 1, 1)),
+    BlockRow("any", "layer_norm", 32, _ANY, BlockTile(4, 0, 1, 1)),
+    BlockRow("any", "image_conv", 16, _ANY, BlockTile(128, 0, 4, 1, block_k=32)),
+    BlockRow("any", "conv3x3s2_norm", 16, _ANY, BlockTile(128, 0, 8, 2, block_k=64)),
 )
 KERNELS = tuple(dict.fromkeys(row.kernel for row in ROWS))
 

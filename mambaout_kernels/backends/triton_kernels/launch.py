@@ -19,6 +19,7 @@ _SUM_BLOCK = 32
 _LARGEST_OFFSET = 2**31 - 1
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """The name by which tiles.json knows a device: sm_90, gfx942; "any" under the interpreter."""
     if device.type != "cuda":
