@@ -309,8 +309,18 @@ def counters(settings: Settings) -> Found:
             yield "counters", {"stage": stage, **kernel}
 
 
-INFERENCE = ("fused", "fused-graphs", "modules", "compile-fused", "eager", "naive", "timm", "timm-channels-last",
-             "timm-compile", "timm-reduce-overhead")
+INFERENCE = (
+    "fused",
+    "fused-graphs",
+    "modules",
+    "compile-fused",
+    "eager",
+    "naive",
+    "timm",
+    "timm-channels-last",
+    "timm-compile",
+    "timm-reduce-overhead",
+)
 TRAINING = ("fused", "compile-fused", "eager", "timm", "timm-compile")
 BLOCK = ("fused", "modules", "cuda", "triton", "compile-fused", "eager", "naive", "compile")
 

@@ -1,6 +1,7 @@
 """torch.compile, torch.export, AOTInductor, ONNX and TorchScript on whole models."""
 
 import copy
+import re
 import shutil
 import sys
 
@@ -140,6 +141,29 @@ def test_export(kind):
     for size in ((1, 64, 64), (5, 70, 97)):
         for program in (fused, plain):
             assert_close(program.module()(images(*size)), model(images(*size)))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+def test_inductor_copies_nothing_around_the_op(kind):
+    """It lays out four dimensions as for convolutions, where it keeps them for backward: u would be transposed twice."""
+    inductor = pytest.importorskip("torch._inductor.utils")
+    torch._dynamo.reset()
+    model = make_whole(kind, ls_init_value=0.5) if kind == "ours" else make_whole(kind)
+    x = images(2)
+
+    def step():
+        torch.compile(model.train(), fullgraph=True, dynamic=False)(x).sum().backward()
+
+    with torch._inductor.config.patch(force_layout_optimization=True, force_disable_caches=True):
+        _, code = inductor.run_and_get_code(step)
+    assert len(code) == 2
+    calls = [line for text in code for line in text.splitlines() if "mambaout_kernels.gated_dwconv" in line]
+    assert sum(".default(" in line for line in calls) == 4
+    assert not [
+        line for text in code for line in text.splitlines() if re.match(r"\s+cpp_fused_\w*gated_dwconv\w*\(", line)
+    ]
+    torch._dynamo.reset()
 
 
 @NEEDS_COMPILER

@@ -1,5 +1,5 @@
-"""The Triton kernels of the split block (triton_kernels/block.py), compiled ahead of time: what a launch executes,
-moves and multiplies, and a bound of its time from datasheets. Nothing here is a measurement."""
+"""The Triton kernels of inference (triton_kernels/block.py), compiled ahead of time: what a launch executes, moves and
+multiplies, and a bound of its time from datasheets. Nothing here is a measurement."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from .roofline import Prediction, Shape, microseconds_per_cycle, pipes
 from .triton import DTYPES, amd_usage, machine_code
 
 KERNELS = (*block_tiles.KERNELS, "depthwise")
+_CONVOLUTIONS = ("image_conv", "conv3x3s2_norm")  # of the stem: first and second
 _TENSOR = ("HGMMA", "HMMA", "UTCHMMA")
 
 
@@ -38,7 +39,14 @@ class BlockKernel:
     def tile(self) -> Any:
         if self.name == "depthwise":
             return tiles.choose(self.target, "forward", self.bits, 56, self.K, True)
-        return block_tiles.choose(self.target, self.name, self.bits, self.dim)
+        return block_tiles.choose(self.target, self.name, self.bits, self.widths[1])
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Input and output channels; dim is the stage's, behind the stem."""
+        return {"image_conv": (3, self.dim // 2), "conv3x3s2_norm": (self.dim // 2, self.dim)}.get(
+            self.name, (self.dim, self.dim)
+        )
 
 
 def _function(kernel: BlockKernel) -> tuple[Any, dict[str, Any]]:
@@ -51,6 +59,14 @@ def _function(kernel: BlockKernel) -> tuple[Any, dict[str, Any]]:
         blocks = {"BLOCK_H": tile.block_h, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d}
         return block.depthwise_fwd, {"K": kernel.K, "VEC": vector, **blocks}
     precision = "tf32" if kernel.bits == 32 else "ieee"  # "ieee" of float32 is never launched
+    if kernel.name in _CONVOLUTIONS:
+        (C, dim), first = kernel.widths, kernel.name == "image_conv"
+        k0, k1 = block_tiles.parts(dim)
+        act = kernel.act if first else "identity"
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
+        return block.conv3x3s2_norm_fwd, {
+            "C": C, "DIM": dim, "K0": k0, "K1": k1, "ACT": act, "NHWC": not first, **blocks
+        }  # fmt: skip
     constants: dict[str, Any] = {"DIM": kernel.dim, "BLOCK_M": tile.block_m, "PRECISION": precision}
     if kernel.name == "layer_norm":
         return block.layer_norm_fwd, {**constants, "K0": k0, "K1": k1, "BIASED": False, "ACT": "identity"}
@@ -84,7 +100,7 @@ class Compiled:
     @property
     def failures(self) -> list[str]:
         """Gates that it does not pass."""
-        found = [f"spills: {self.spills}"] if self.spills else []
+        found = [f"spills: {self.spills}"] if self.spills and not getattr(self.kernel.tile, "may_spill", False) else []
         if self.kernel.name not in ("depthwise", "layer_norm") and not self.tensor:
             found.append("no tensor cores")
         return found
@@ -125,6 +141,8 @@ def _trips(kernel: BlockKernel) -> list[float]:
     if kernel.name == "gated_linear":
         parts = [-(-n // tile.block_n) for n in (identity, kernel.conv_channels)]
         return [-(-kernel.dim // tile.block_k) * part / sum(parts) for part in parts]
+    if kernel.name in _CONVOLUTIONS:
+        return [-(-9 * kernel.widths[0] // tile.block_k)]
     return [float(kernel.K)] if kernel.name == "depthwise" else []
 
 
@@ -146,15 +164,18 @@ def programs(kernel: BlockKernel, shape: Shape) -> int:
     if kernel.name == "depthwise":
         tall, wide = -(-shape.H // tile.block_h), -(-shape.N * shape.W // tile.block_w)
         return tall * wide * -(-shape.C // tile.block_d)
-    rows = -(-shape.pixels // tile.block_m)
+    rows = -(-shape.pixels * (4 if kernel.name == "image_conv" else 1) // tile.block_m)
     if kernel.name == "gated_linear":
         return rows * sum(-(-n // tile.block_n) for n in (shape.D - shape.C, shape.C))
     return rows
 
 
 def elements_moved(name: str, dim: int, shape: Shape) -> int:
-    """Elements per pixel of inputs and outputs: what it cannot avoid to move."""
+    """Elements per pixel of inputs and outputs: what it cannot avoid to move. Of the stage, which the stem's first
+    convolution has four of."""
     return {
+        "image_conv": 16 * 3 + 4 * (dim // 2),
+        "conv3x3s2_norm": 4 * (dim // 2) + dim,
         "layer_norm": 2 * dim,
         "norm_linear": dim + shape.C,
         "depthwise": 2 * shape.C,
@@ -166,13 +187,19 @@ def elements_moved(name: str, dim: int, shape: Shape) -> int:
 def products(name: str, dim: int, shape: Shape) -> int:
     """Multiply-adds per pixel on tensor cores."""
     gated = dim * (2 * shape.D - shape.C)
-    return {"norm_linear": dim * shape.C, "gated_mlp": gated + dim * shape.D, "gated_linear": gated}.get(name, 0)
+    return {
+        "image_conv": 4 * 27 * (dim // 2),
+        "conv3x3s2_norm": 9 * (dim // 2) * dim,
+        "norm_linear": dim * shape.C,
+        "gated_mlp": gated + dim * shape.D,
+        "gated_linear": gated,
+    }.get(name, 0)
 
 
 def _elements_read_again(kernel: BlockKernel, shape: Shape) -> float:
     """From L2, by one program: weights, each of which multiplies one element; and gated_linear's rows."""
     if kernel.name != "gated_linear":
-        return products(kernel.name, kernel.dim, shape)
+        return products(kernel.name, kernel.dim, shape) / (4 if kernel.name == "image_conv" else 1)
     tile, identity = kernel.tile, (shape.D - shape.C) / shape.D  # whose programs have two tiles of weights
     return kernel.dim * (tile.block_m + (1 + identity) * tile.block_n)
 
@@ -199,17 +226,20 @@ def configurations(
     targets: Sequence[str], dtypes: Sequence[str], variant: str, names: Sequence[str] = KERNELS
 ) -> list[BlockKernel]:
     """What the stages of a variant launch, each once; widths are filled up as the inference model does."""
+    from ..ops.layer_norm import NARROW_CONV
     from ..ops.split_block import NARROW
 
     found: dict[BlockKernel, None] = {}
     for stage in shapes.stages(variant):
         narrow = stage.dim <= NARROW
+        stem = _CONVOLUTIONS if stage.stage == 1 and stage.dim <= NARROW_CONV else ()
         for name in (
-            ("norm_linear", "depthwise", "gated_mlp") if narrow else ("layer_norm", "depthwise", "gated_linear")
+            *stem,
+            *(("norm_linear", "depthwise", "gated_mlp") if narrow else ("layer_norm", "depthwise", "gated_linear")),
         ):
             for target in targets:
                 for dtype in dtypes:
-                    if name in names:
+                    if name in names and (name not in _CONVOLUTIONS or DTYPES[dtype][1] == 16):
                         found[kernel_of(name, target, dtype, stage)] = None
     return list(found)
 

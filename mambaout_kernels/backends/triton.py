@@ -49,6 +49,15 @@ def supports(u: Tensor, weight: Tensor | None = None) -> bool:
     return _recent(u.device.index) if u.is_cuda else interpreting() and u.device.type == "cpu"
 
 
+def check_runs(x: Tensor) -> None:
+    """RuntimeError where kernels cannot run on such an x, of a dtype that they take."""
+    if x.layout != torch.strided or not supports(x):
+        raise RuntimeError(
+            f"x must be a plain tensor on a GPU that Triton runs on; got {x.layout} on {x.device} "
+            f"({unavailable() or 'a GPU that is too old, or no GPU'})"
+        )
+
+
 def gated_dwconv(u: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     """y (N, H, W, D), contiguous, for any strides."""
     check(u, weight, bias, act)

@@ -263,7 +263,9 @@ def _built(name: str, cell: Cell, partial_channel: Problem, folder: Path) -> Con
         return _peer(name, cell, folder)
     if name in FORCED and (reason := backends.status()[name]) is not None:
         raise peers.NotAvailable(reason)
-    if name == "fused-graphs" and (cell.device != "cuda" or cell.subject == "op" or cell.mode != "fwd" or cell.autocast):
+    if name == "fused-graphs" and (
+        cell.device != "cuda" or cell.subject == "op" or cell.mode != "fwd" or cell.autocast
+    ):
         raise peers.NotAvailable("of blocks and models in mode fwd on a GPU, outside autocast")
     if name == "modules" and (cell.subject == "op" or cell.mode != "fwd"):
         raise peers.NotAvailable("what fused is, but for blocks and models in mode fwd")

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.plain import activation_name
-from ..ops.layer_norm import conv3x3s2_norm_act, layer_norm_act, pack_conv
+from ..ops.layer_norm import NARROW_CONV, conv3x3s2_norm_act, layer_norm_act, pack_conv
 from ..reference import activation
 from .parts import refuse_gradients
-
-NARROW = 128  # output channels: as many sums as a program keeps without losing the others that share its registers
 
 
 class NormedConv(nn.Module):
@@ -31,7 +29,7 @@ class NormedConv(nn.Module):
         self.act = "identity" if act is None else str(activation_name(act))
         weight = conv.weight.detach()
         like = weight[:, 0, 0, 0]
-        self.own = self.normed and weight.dtype.itemsize == 2 and weight.shape[0] <= NARROW
+        self.own = self.normed and weight.dtype.itemsize == 2 and weight.shape[0] <= NARROW_CONV
         packed = pack_conv(weight) if self.own else weight.contiguous(memory_format=torch.channels_last)
         for name, t, otherwise in (
             ("weight", packed, None),

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import triton
 from ..reference import ACTIVATIONS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 1024  # channels that one program holds
+NARROW_CONV = 128  # output channels up to which the convolution is faster here than in cuDNN
 MOST_PIXELS = 2**31  # of images, which are counted in 32 bits
 
 _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
@@ -36,7 +38,8 @@ def layer_norm_act(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tenso
         (..., dim), contiguous.
 
     Raises:
-        ValueError: a wrong shape, device or act. TypeError: a wrong dtype.
+        ValueError: a wrong shape or act, or a parameter elsewhere than x. TypeError: a wrong dtype.
+        RuntimeError: an x that Triton does not run on.
     """
     return _op(x, x_bias, weight, bias, eps, act)
 
@@ -56,7 +59,8 @@ def conv3x3s2_norm_act(
         (N, (H + 1) // 2, (W + 1) // 2, dim), contiguous.
 
     Raises:
-        ValueError: a wrong shape, device or act. TypeError: a wrong dtype.
+        ValueError: a wrong shape or act, or a parameter elsewhere than x. TypeError: a wrong dtype.
+        RuntimeError: an x that Triton does not run on.
     """
     return _conv_op(x, weight, bias, norm_weight, norm_bias, eps, act)
 
@@ -81,9 +85,10 @@ def _conv3x3s2_norm_act(
             f"weight must be (9 * {C}, dim) of {x.dtype} on {x.device}; got {tuple(weight.shape)} of {weight.dtype} on "
             f"{weight.device}"
         )
-    if not weight.is_contiguous() or x.numel() // C >= MOST_PIXELS:
+    if weight.layout != torch.strided or not weight.is_contiguous() or x.numel() // C >= MOST_PIXELS:
         raise ValueError(f"weight must be contiguous, and x have fewer than 2^31 pixels; got {tuple(x.shape)}")
-    _check(weight, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}, act)
+    _check("weight", weight, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}, act)
+    triton.check_runs(x)
     return block_launch.conv3x3s2_norm(x, weight, bias, norm_weight, norm_bias, eps, act)
 
 
@@ -92,9 +97,9 @@ def _conv_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((N, (H + 1) // 2, (W + 1) // 2, weight.shape[1]))
 
 
-def _check(x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:
+def _check(name_of_x: str, x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:
     if x.ndim == 0 or not 1 <= x.shape[-1] <= WIDEST:
-        raise ValueError(f"the normed dimension must have 1 to {WIDEST} channels; got shape {tuple(x.shape)}")
+        raise ValueError(f"{name_of_x} must be (..., dim), dim 1 to {WIDEST}; got shape {tuple(x.shape)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16; got {x.dtype}")
     if act not in ACTIVATIONS:
@@ -106,14 +111,15 @@ def _check(x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:
             raise ValueError(f"{name} must have shape {tuple(x.shape[-1:])}; got {tuple(t.shape)}")
         if t.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype}, as x is; got {t.dtype}")
-        if t.device != x.device or not t.is_contiguous():
+        if t.device != x.device or t.layout != torch.strided or not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, on the device of x, {x.device}; got {t.device}")
 
 
 def _layer_norm_act(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, act: str) -> Tensor:
     from ..backends.triton_kernels import block_launch
 
-    _check(x, {"x_bias": x_bias, "weight": weight, "bias": bias}, act)
+    _check("x", x, {"x_bias": x_bias, "weight": weight, "bias": bias}, act)
+    triton.check_runs(x)
     return block_launch.layer_norm(x.contiguous(), weight, bias, eps, x_bias, act)
 
 

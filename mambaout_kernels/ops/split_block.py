@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, reference
-from ..backends import cuda
+from ..backends import cuda, triton
 from ..backends.checks import check_parameters
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,7 +64,8 @@ def split_gated_cnn_block(
         as torch.set_float32_matmul_precision says.
 
     Raises:
-        ValueError: a wrong shape or act. TypeError: a dtype that is not x's.
+        ValueError: a wrong shape or act. TypeError: a dtype that is not x's. RuntimeError: an x that Triton does not
+            run on.
     """
     return _op(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, taps, fc2_weight, fc2_bias, scale,
@@ -97,7 +98,7 @@ def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str, taps_blo
             raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
         if t.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} beside x of {x.dtype}; got {t.dtype}")
-        if t.device != x.device or not t.is_contiguous():
+        if t.device != x.device or t.layout != torch.strided or not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, on the device of x, {x.device}; got {t.device}")
     if taps.shape[1] < C or taps.shape[1] % taps_block:
         raise ValueError(f"taps must have shape ({rows}, {C} rounded up to {taps_block}s); got {tuple(taps.shape)}")
@@ -135,6 +136,7 @@ def _split_gated_cnn_block(
         (x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, taps, fc2_weight, fc2_bias),
         scale, act, block_launch.TAPS_BLOCK,
     )  # fmt: skip
+    triton.check_runs(x)
     x, first_c = x.contiguous(), 2 * fc2_weight.shape[1] - conv_weight.shape[0]
     if _whole(x):
         u = F.linear(block_launch.layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)

@@ -15,6 +15,7 @@ from numerics import make_inputs
 from mambaout_kernels import backends, gated_dwconv
 from mambaout_kernels.audit import cuda
 from mambaout_kernels.backends import preferences
+from mambaout_kernels.nn import FusedGatedCNNBlock
 
 
 def test_status_names_every_backend_and_the_reference_always_works():
@@ -63,6 +64,30 @@ def test_force_is_of_its_thread_alone():
         assert backends.forced() == "reference"
     assert seen == ["reference", None]
     assert backends.forced() is None
+
+
+def test_force_when_a_compiler_traces():
+    """Every call on the graph of what is forced in its thread; the same choice takes the same graph."""
+    block, x, graphs = FusedGatedCNNBlock(8).eval(), torch.randn(1, 3, 3, 8), []
+
+    def backend(graph, _):
+        names = " ".join(str(node.target) for node in graph.graph.nodes)
+        graphs.append("gated_dwconv" in names)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        compiled(x)
+        with backends.force("reference"):
+            compiled(x)
+            thread = threading.Thread(target=compiled, args=(x,))
+            thread.start()
+            thread.join()
+            compiled(x)
+        compiled(x)
+    assert graphs in ([True, False], [True, False, True])  # gradients are on in another thread
+    torch._dynamo.reset()
 
 
 def test_force_is_of_its_asyncio_task_alone():

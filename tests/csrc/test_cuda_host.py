@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_host import host
 from cuda_host.host import Device, Fault, Schedule
 from numerics import OUTPUTS, assert_accurate, eager, expected_of, make_inputs
@@ -93,6 +94,21 @@ LAYOUTS = {
 def test_layouts(layout, dtype):
     for shape in (SHAPES["several images, odd sizes"], SHAPES["an odd number of channels"], SHAPES["any odd filter"]):
         check(host.build(), shape, dtype, **layout)
+
+
+@pytest.mark.parametrize("K", [7, 9], ids=["own kernel", "any filter"])
+@pytest.mark.parametrize("device", [Device(132, 9), Device(148, 10)], ids=str)
+def test_the_bias_is_added_last(device, K):
+    """To a sum of small terms, which a large bias would have swallowed one by one; in y, and in dg."""
+    C, large, small = 8, 2.0**12, 2.0**-13
+    u = torch.ones(1, 9, 9, 2 * C)
+    u[..., C:] = small
+    given = [u, torch.ones(C, 1, K, K), torch.full((C,), large), torch.ones(1, 9, 9, C)]
+    y, du, *_ = host.run(host.build(), given, "identity", device=device)
+    taps = F.conv2d(torch.ones(1, 1, 9, 9), torch.ones(1, 1, K, K), padding=K // 2).view(1, 9, 9, 1)
+    assert torch.equal(y, (taps * small + large).expand(y.shape))
+    assert torch.equal(du[..., :C], y)
+    assert y.max() > large
 
 
 @pytest.mark.parametrize(

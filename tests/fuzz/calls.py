@@ -239,6 +239,18 @@ def split_gated_cnn_block(d):  # a GPU's: to be refused
     ]  # fmt: skip
 
 
+def layer_norm_act(d):  # likewise
+    dim = d.size()
+    return [torch.randn(*d.pixels(), dim), d.maybe(dim), torch.randn(dim), torch.randn(dim), d.eps(), d.act()]
+
+
+def conv3x3s2_norm_act(d):  # likewise
+    channels, dim = d.size(), d.size()
+    w = torch.randn
+    x = w(1, channels, 5, 4, dtype=torch.bfloat16)
+    return [x, *(t.bfloat16() for t in (w(9 * channels, dim), w(dim), w(dim), w(dim))), d.eps(), d.act()]
+
+
 @dataclass(frozen=True)
 class Known:
     """An op: valid arguments, what it computes, and the dtypes of its results, from the arguments."""
@@ -277,8 +289,10 @@ KNOWN = {
     "repack_conv3x3s2": Known(lambda d: [packed_convolution(d)], None, _bytes),
     "runs_packed_conv3x3s2": Known(lambda d: [packed_convolution(d)]),
     "split_gated_cnn_block": Known(split_gated_cnn_block),
+    "layer_norm_act": Known(layer_norm_act),
+    "conv3x3s2_norm_act": Known(conv3x3s2_norm_act),
 }
-REFUSED = ("split_gated_cnn_block",)
+REFUSED = ("split_gated_cnn_block", "layer_norm_act", "conv3x3s2_norm_act")
 
 
 def image(arguments: list) -> Tensor:

@@ -390,3 +390,28 @@ def test_repr():
     text = repr(FusedGatedCNNBlock(96, drop_path=0.1))
     assert "dim=96, hidden=256, conv_channels=96, fused=True" in text
     assert "drop_prob=0.100" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: setattr(b, "norm", nn.LayerNorm((6, 16))),
+        lambda b: setattr(b, "norm", nn.RMSNorm(16)),
+        lambda b: setattr(b, "ls", nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (6, 16)))),
+        lambda b: setattr(b, "drop_path", DropPath(0.5)),
+        lambda b: setattr(b, "fc2", nn.Sequential(b.fc2, nn.Softmax(2))),
+    ],
+    ids=["norm over more than channels", "another norm", "ls of a map", "DropPath", "fc2 of a map"],
+)
+def test_a_compiler_shows_modules_of_maps_a_map(change):
+    block, x = make_block(), make_x()
+    change(block)
+    torch._dynamo.reset()
+    results = []
+    for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y, list(block.parameters()), torch.ones_like(y))))
+    torch._dynamo.reset()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

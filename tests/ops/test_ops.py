@@ -57,6 +57,28 @@ def test_gradcheck_twice():
     assert torch.autograd.gradgradcheck(lambda *a: gated_dwconv(*a, "gelu"), tensors)
 
 
+def test_backward_takes_rows():
+    """What torch.compile keeps of u, and gives back."""
+    tensors = make_inputs(2, 3, 4, 6, 2, 3, torch.float64)
+    u, weight, bias = tensors
+    dy = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    raw = torch.ops.mambaout_kernels.gated_dwconv_backward
+    expected, rows = raw(dy, u, weight, bias, "gelu"), raw(dy, u.flatten(0, 2), weight, bias, "gelu")
+    assert rows[0].shape == (24, 12)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(rows, expected, strict=True))
+    leaves = [t.requires_grad_() for t in (dy, u.flatten(0, 2), weight, bias)]
+    assert torch.autograd.gradcheck(lambda *a: raw(*a, "gelu"), leaves)
+    for bad in (u.flatten(0, 2)[1:], u.flatten(0, 2).detach().to("meta")[1:]):
+        like = dy if bad.device.type == "cpu" else dy.detach().to("meta")
+        given = [t.detach().to(bad.device) for t in (weight, bias)]
+        with pytest.raises(
+            ValueError, match=r"u must have a row for each pixel of dy, \(2, 3, 4, 6\); got .* \(23, 12\)"
+        ):
+            raw(like, bad, *given, "gelu")
+    with pytest.raises(ValueError, match="u must have a row"):
+        raw(dy.detach()[0], u.detach().flatten(0, 2), weight.detach(), bias.detach(), "gelu")
+
+
 def test_saves_the_inputs_and_nothing_else():
     tensors, _ = leaves()
     saved = []

@@ -4,11 +4,13 @@ import copy
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_accurate
 from torch import nn
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import mambaout_kernels as mk
 from mambaout_kernels import backends, reference
@@ -30,9 +32,18 @@ ACTS = {
 
 
 @pytest.fixture(autouse=True)
-def _inference():
+def _inference(monkeypatch):
+    """float32 by the kernels too, which multiply it exactly here."""
+    monkeypatch.setattr(split_block, "_whole", lambda x: False)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def tf32():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 def make(dim, dtype=torch.float32, act="gelu", **options):
@@ -189,7 +200,9 @@ def test_launches(monkeypatch):
     launched = []
     for name in ("layer_norm", "norm_linear", "depthwise", "gated_mlp", "gated_linear", "pack_filter"):
         run = getattr(block_launch, name)
-        monkeypatch.setattr(block_launch, name, lambda *a, run=run, name=name: launched.append(name) or run(*a))
+        monkeypatch.setattr(
+            block_launch, name, lambda *a, run=run, name=name, **k: launched.append(name) or run(*a, **k)
+        )
     block, x = make(16, kernel_size=3), pixels(1, 3, 3, 16)
     fast = SplitBlock(block, torch.float32)
     assert launched.pop() == "pack_filter"  # once, when it is made
@@ -232,7 +245,10 @@ def test_a_model_whose_blocks_are_split():
     model = enlivened(mk.MambaOut(**SMALL)).eval()
     fast = optimized(model, dtype=torch.bfloat16)
     fused = [(part.name, part.kind) for part in fast.report() if part.fused]
-    assert fused == [("stages.0.0", "blocks"), ("stages.1.0 to 1", "blocks")]
+    assert fused == [
+        ("downsample_layers.0", "stem"), ("downsample_layers.1", "downsample"),
+        ("stages.0.0", "blocks"), ("stages.1.0 to 1", "blocks"),
+    ]  # fmt: skip
     assert [type(stage[0]) for stage in fast.model.stages] == [SplitBlocks, SplitBlocks]
     images = pixels(2, 3, 32, 32)
     low = copy.deepcopy(model).bfloat16()
@@ -242,14 +258,61 @@ def test_a_model_whose_blocks_are_split():
         assert_accurate(fast(images), eager, exact)
 
 
-def test_full_float32_is_not_split():
-    reasons = {part.kind: part.reason for part in optimized(make(16)).report()}
-    assert "allows TF32" in reasons["block"]
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert optimized(make(16)).report()[0].fused
-    finally:
-        torch.set_float32_matmul_precision("highest")
+# --- float32 ---
+
+
+@pytest.mark.parametrize("options", [{}, {"conv_ratio": 0.0}, {"ls_init_value": 0.5}], ids=str)
+def test_at_full_precision_products_are_those_of_pytorch(monkeypatch, options):
+    monkeypatch.undo()
+    for name in ("norm_linear", "gated_mlp", "gated_linear"):
+        monkeypatch.setattr(block_launch, name, None)
+    block, x = make(20, kernel_size=3, **options), pixels(2, 3, 4, 20)
+    assert optimized(block).report()[0].fused
+    check_split(block, x)
+    check_split(block, x.permute(0, 2, 1, 3))
+
+
+def truncated(t):
+    """As tensor cores read float32."""
+    return (t.view(torch.int32) & -0x2000).view(torch.float32)
+
+
+def test_factors_are_rounded_to_tf32_before_they_are_cut(tf32, monkeypatch):
+    """What is cut is then the same as what was given."""
+    found = []
+
+    def product(self, a, b, sums, *_):
+        found.extend(torch.from_numpy(t.data.copy()) for t in (a, b))
+        return TensorHandle(np.matmul(a.data, b.data) + sums.data, sums.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
+    for narrow in (1024, 0):
+        monkeypatch.setattr(split_block, "NARROW", narrow)
+        SplitBlock(make(40, kernel_size=3, conv_ratio=0.5), torch.float32)(pixels(1, 3, 4, 40))
+        assert len(found) > 6
+        assert all(torch.equal(truncated(t), t) for t in found)
+        assert not all(torch.equal((t.view(torch.int32) & -0x4000).view(torch.float32), t) for t in found)
+        found.clear()
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+def test_tf32_keeps_what_is_not_finite(tf32, monkeypatch, narrow):
+    monkeypatch.setattr(split_block, "NARROW", 1024 if narrow else 0)
+    block, x = make(30, conv_ratio=0.5, kernel_size=3), pixels(1, 5, 6, 30)
+    x[0, 2, 3, 4], x[0, 0, 0, 0] = float("nan"), 3e38
+    with backends.force("reference"):
+        eager = block(x)
+    assert torch.equal(SplitBlock(block, torch.float32)(x).isfinite(), eager.isfinite())
+
+
+def test_numbers_rounded_to_tf32():
+    largest = torch.finfo(torch.float32).max
+    given = [1.0, 1 + 2**-11, 1 + 2**-12, -(1 + 3 * 2**-11), 2.0**-140, largest, float("inf"), float("nan"), -0.0]
+    expected = [1.0, 1 + 2**-10, 1.0, -(1 + 2**-9), 2.0**-140, largest, float("inf"), float("nan"), -0.0]
+    actual, wanted = block_launch.round_tf32(torch.tensor(given)), torch.tensor(expected)
+    wanted[4] = actual[4]  # subnormal: to a multiple of 2^-136
+    assert abs(float(actual[4]) - 2.0**-140) <= 2.0**-137
+    assert torch.equal(actual.view(torch.int32), wanted.view(torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def layer_norm(
     return y
 
 
-def conv3x3s2_norm(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, act: str) -> Tensor:
+def conv3x3s2_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, act: str
+) -> Tensor:
     """act(layer_norm(conv(x) + bias)): x (N, C, H, W) of 16 bits, any strides, weight (9 * C, dim); (N, OH, OW, dim)."""
     (N, C, H, W), dim = x.shape, weight.shape[1]
     OH, OW = (H + 1) // 2, (W + 1) // 2

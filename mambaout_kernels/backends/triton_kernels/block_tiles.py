@@ -19,6 +19,7 @@ class BlockTile:
     """Rows (pixels) and columns of one program; block_k: inputs of a product at a time, where not all.
 
     registers: at most, of a thread, so that several programs share a multiprocessor; None: as the compiler likes.
+    may_spill: measured to be faster than tiles whose programs keep all in registers.
     """
 
     block_m: int
@@ -27,6 +28,7 @@ class BlockTile:
     stages: int
     block_k: int = 0
     registers: int | None = None
+    may_spill: bool = False
 
     def options(self) -> dict[str, int]:
         """The compiler's, as launches and the audit give them."""
@@ -48,8 +50,10 @@ class BlockRow:
 _ANY = 1 << 30
 # Others than sm_90's: by registers without spills, then by warps that share a multiprocessor.
 ROWS = (
-    BlockRow("sm_90", "gated_mlp", 16, 128, BlockTile(64, 32, 4, 2, registers=168)),
-    BlockRow("sm_90", "gated_mlp", 16, _ANY, BlockTile(128, 32, 8, 3)),
+    BlockRow("sm_90", "gated_mlp", 16, 96, BlockTile(64, 32, 4, 2, registers=168)),
+    BlockRow("sm_90", "gated_mlp", 16, 128, BlockTile(64, 32, 4, 3)),
+    BlockRow("sm_90", "gated_mlp", 16, 192, BlockTile(128, 32, 8, 3)),
+    BlockRow("sm_90", "gated_mlp", 16, _ANY, BlockTile(128, 32, 8, 3, may_spill=True)),
     BlockRow("sm_100", "gated_mlp", 16, 192, BlockTile(128, 32, 8, 2)),
     BlockRow("sm_80", "gated_mlp", 16, 192, BlockTile(32, 32, 4, 2)),
     BlockRow("any", "gated_mlp", 16, 128, BlockTile(64, 32, 4, 2)),
@@ -61,7 +65,9 @@ ROWS = (
     BlockRow("any", "gated_mlp", 32, _ANY, BlockTile(32, 16, 8, 2)),
     BlockRow("any", "gated_linear", 16, _ANY, BlockTile(128, 64, 8, 3, block_k=64)),
     BlockRow("any", "gated_linear", 32, _ANY, BlockTile(64, 64, 8, 3, block_k=32)),
-    BlockRow("sm_90", "norm_linear", 16, _ANY, BlockTile(128, 64, 4, 1)),
+    BlockRow("sm_90", "norm_linear", 16, 128, BlockTile(128, 64, 4, 1)),
+    BlockRow("sm_90", "norm_linear", 16, 192, BlockTile(128, 64, 8, 1)),
+    BlockRow("sm_90", "norm_linear", 16, _ANY, BlockTile(64, 32, 4, 1)),
     BlockRow("any", "norm_linear", 16, _ANY, BlockTile(64, 64, 4, 1)),
     BlockRow("any", "norm_linear", 32, _ANY, BlockTile(64, 32, 8, 1)),
     BlockRow("any", "layer_norm", 16, 96, BlockTile(16, 0, 4, 1)),
@@ -69,7 +75,8 @@ ROWS = (
     BlockRow("any", "layer_norm", 32, 96, BlockTile(16, 0, 4, 1)),
     BlockRow("any", "layer_norm", 32, _ANY, BlockTile(4, 0, 1, 1)),
     BlockRow("any", "image_conv", 16, _ANY, BlockTile(128, 0, 4, 1, block_k=32)),
-    BlockRow("any", "conv3x3s2_norm", 16, _ANY, BlockTile(128, 0, 8, 2, block_k=64)),
+    BlockRow("sm_90", "conv3x3s2_norm", 16, 96, BlockTile(128, 0, 4, 4, block_k=32)),
+    BlockRow("any", "conv3x3s2_norm", 16, _ANY, BlockTile(64, 0, 4, 3, block_k=64)),
 )
 KERNELS = tuple(dict.fromkeys(row.kernel for row in ROWS))
 
