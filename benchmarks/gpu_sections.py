@@ -385,8 +385,8 @@ SECTIONS: dict[str, Section] = {
 }
 PLANS: dict[str, tuple[str, ...]] = {
     "A": ("facts", "build", "check-triton-bf16", "check-triton-fp32", "check-triton-fp16", "check-cuda-bf16",
-          "split-block-bf16", "split-block-fp16", "split-block-fp32", "check-cuda-fp32", "behaviour-cuda", "check-cuda-fp16", *SANITIZERS, "behaviour-triton",
-          "tests"),
+          "split-block-bf16", "split-block-fp16", "split-block-fp32", "check-cuda-fp32", "behaviour-cuda",
+          "check-cuda-fp16", *SANITIZERS, "behaviour-triton", "tests"),
     "B": ("facts", "build", "bandwidth", "op-bf16", "counters", "op-fp32", "op-1", "op-base", "op-64", "op-autotune",
           "op-fp16", "depthwise"),
     "C": ("facts", "build", "bandwidth", "block-inference", "model-tiny-bf16", "model-tiny-amp", "model-base-amp",

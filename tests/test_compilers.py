@@ -146,7 +146,7 @@ def test_export(kind):
 @NEEDS_COMPILER
 @pytest.mark.parametrize("kind", ["ours", "timm"])
 def test_inductor_copies_nothing_around_the_op(kind):
-    """It lays out four dimensions as for convolutions, where it keeps them for backward: u would be transposed twice."""
+    """It lays out four dimensions as for convolutions, where it keeps them: u would be transposed twice."""
     inductor = pytest.importorskip("torch._inductor.utils")
     torch._dynamo.reset()
     model = make_whole(kind, ls_init_value=0.5) if kind == "ours" else make_whole(kind)

@@ -44,7 +44,8 @@ MODES = {
     "train": "forward and backward",
 }
 CONTENDERS = {
-    "fused": "fused", "fused-graphs": "fused, CUDA graphs", "modules": "drop-in modules", "cuda": "CUDA C++", "triton": "Triton",
+    "fused": "fused", "fused-graphs": "fused, CUDA graphs", "modules": "drop-in modules",
+    "cuda": "CUDA C++", "triton": "Triton",
     "compile-fused": "torch.compile of fused",
     "eager": "eager partial", "cudnn-benchmark": "eager, cudnn.benchmark", "naive": "naive full-channel",
     "compile": "torch.compile", "max-autotune": "torch.compile, max-autotune",

@@ -1,7 +1,7 @@
 """The stem and what stands between stages, of a frozen network on a GPU: convolutions with bias, norm and activation.
 
-Narrow ones of 16 bits are one kernel; others are cuDNN's without their biases, before a kernel that adds them, normalises
-and activates (ops/layer_norm.py).
+Narrow ones of 16 bits are one kernel; others are cuDNN's without their biases, before a kernel that adds them,
+normalises and activates (ops/layer_norm.py).
 """
 
 from typing import Any

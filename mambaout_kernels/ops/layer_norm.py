@@ -20,8 +20,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "conv3x3s2_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, str act) "
-    "-> Tensor",
+    "conv3x3s2_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, "
+    "str act) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

@@ -80,8 +80,8 @@ def _layer_norm(
     x_ptr, x_bias_ptr, gamma_ptr, beta_ptr, rows, present, eps,
     DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """layer_norm(x + x_bias), the bias if BIASED, of these rows: fp32 [BLOCK_M, K0] and [BLOCK_M, K1]; the second is the
-    first if K1 = 0."""
+    """layer_norm(x + x_bias), the bias if BIASED, of these rows: fp32 [BLOCK_M, K0] and [BLOCK_M, K1]; the second is
+    the first if K1 = 0."""
     x0 = _load_columns(x_ptr, rows, present, 0, DIM, K0, K0 <= DIM, "").to(tl.float32)
     x1 = x0
     if K1 > 0:
@@ -188,7 +188,7 @@ def conv3x3s2_norm_fwd(
     pixel = tl.program_id(0) * BLOCK_M + rows
     image = (pixel // (OW * OH)).to(tl.int64)
     h, w = pixel // OW % OH * 2 - 1, pixel % OW * 2 - 1
-    if NHWC:
+    if NHWC:  # noqa: SIM108
         x_rows = x_ptr + (((image * H + h) * W + w) * C)
     else:
         x_rows = x_ptr + (image * stride_n + h * stride_h + w * stride_w)
@@ -201,7 +201,7 @@ def conv3x3s2_norm_fwd(
     for start in tl.range(0, 9 * C, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         kh, kw, c = k // (3 * C), k // C % 3, k % C
-        if NHWC:
+        if NHWC:  # noqa: SIM108
             offset = (kh * W + kw) * C + c
         else:
             offset = kh * stride_h + kw * stride_w + c * stride_c

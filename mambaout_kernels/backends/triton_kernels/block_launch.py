@@ -34,7 +34,7 @@ def pack_filter(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def round_tf32(t: Tensor) -> Tensor:
-    """float32 numbers to the nearest of TF32, ties away from zero: what weights must be before tensor cores cut them."""
+    """float32 numbers to the nearest of TF32, ties away from zero: so weights must be before tensor cores cut them."""
     nearest = ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return torch.where(t.abs() < 3.4e38, nearest, t)
 
@@ -60,7 +60,7 @@ def layer_norm(
 def conv3x3s2_norm(
     x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, act: str
 ) -> Tensor:
-    """act(layer_norm(conv(x) + bias)): x (N, C, H, W) of 16 bits, any strides, weight (9 * C, dim); (N, OH, OW, dim)."""
+    """act(layer_norm(conv(x) + bias)), (N, OH, OW, dim): x (N, C, H, W) of 16 bits, any strides, weight (9 * C, dim)."""
     (N, C, H, W), dim = x.shape, weight.shape[1]
     OH, OW = (H + 1) // 2, (W + 1) // 2
     y, P = x.new_empty((N, OH, OW, dim)), N * OH * OW
