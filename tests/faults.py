@@ -148,7 +148,7 @@ FAULTS = [
     FaultySource(_BLOCK, "k // C % 3, k % C", "k % 3, k % C", f"{_NORMED} fp64"),
     FaultySource(_BLOCK, "& (x_h >= 0) &", "&", f"{_NORMED} fp64"),
     FaultySource(_BLOCK, "& (x_w < W)", "", f"{_NORMED} fp64"),
-    FaultySource(_BLOCK, "present[:, None] & tap[None, :] &", "present[:, None] &", f"{_NORMED} 'nothing_beyond'"),
+    FaultySource(_BLOCK, "present[:, None] & tap[None, :] &", "present[:, None] &", f"{_NORMED} reaches"),
     FaultySource(_BLOCK, "y0, y1 = _normed(sums0, sums1, b_ptr", "y0, y1 = _normed(sums0, sums0, b_ptr",
                  f"{_NORMED} fp64"),
     FaultySource(_BLOCK, "    if BIASED:\n        x0 +=", "    if False:\n        x0 +=", f"{_NORMED} fp64"),

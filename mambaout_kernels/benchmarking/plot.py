@@ -13,8 +13,10 @@ COLOURS |= {"onnxruntime": "#5f9e6e", "openvino": "#8d6bb0"}
 COLOURS |= {"cudnn-benchmark": "#a08060", "max-autotune": "#c9622b", "compile-fused": "#17406b"}
 COLOURS |= {"timm": "#c9b037", "timm-channels-last": "#8c7a1f", "timm-compile": "#d98ea3"}
 COLOURS |= {"triton": "#58b5c9", "cuda": "#3a8fd6"}
+COLOURS |= {"fused-graphs": "#0f5fa8", "timm-reduce-overhead": "#b5657d"}
 ORDER = ("naive", "eager", "cudnn-benchmark", "timm", "timm-channels-last", "compile", "max-autotune", "timm-compile",
-         "onnxruntime", "openvino", "triton", "cuda", "modules", "fused", "compile-fused")  # fmt: skip
+         "timm-reduce-overhead", "onnxruntime", "openvino", "triton", "cuda", "modules", "fused", "fused-graphs",
+         "compile-fused")  # fmt: skip
 COLUMNS = 4
 
 

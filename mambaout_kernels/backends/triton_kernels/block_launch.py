@@ -60,7 +60,7 @@ def layer_norm(
 def conv3x3s2_norm(
     x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, act: str
 ) -> Tensor:
-    """act(layer_norm(conv(x) + bias)), (N, OH, OW, dim): x (N, C, H, W) of 16 bits, any strides, weight (9 * C, dim)."""
+    """act(layer_norm(conv(x) + bias)), (N, OH, OW, dim): x (N, C, H, W) of 16 bits, weight (9 * C, dim)."""
     (N, C, H, W), dim = x.shape, weight.shape[1]
     OH, OW = (H + 1) // 2, (W + 1) // 2
     y, P = x.new_empty((N, OH, OW, dim)), N * OH * OW
