@@ -141,7 +141,7 @@ LABELS = tuple(stage.label for stage in shapes.stages("mambaout_tiny"))
 def page(measured: dict[str, Any], card: str) -> str:
     facts, rows = measured["facts"], measured["rows"]
     failures = "\n".join(
-        f"- {f['section']} ({f['commit']}): {f['text'].partition(chr(10))[0][:160]}. Since then: {f.get('since', 'open')}."
+        f"- {f['section']} ({f['commit']}): {f['text'].splitlines()[0][:160]}. Since then: {f.get('since', 'open')}."
         for f in measured["failures"]
     )
     return f"""# Measured on an {card.upper()}
@@ -149,7 +149,8 @@ def page(measured: dict[str, Any], card: str) -> str:
 Made by `python benchmarks/gpu_page.py benchmarks/measured/{card}.json docs` from
 all that was measured, `benchmarks/measured/{card}.json`: {facts["card"]}, driver
 {facts["nvidia-smi"].partition(",")[0]}, torch {facts["torch"]}, triton {facts["triton"]}, CUDA {facts["nvcc"]}. A copy
-moves {measured["bandwidth_bytes_per_s"] / 1e12:.2f} TB/s. Minima; a row of the file names its commit. {measured["notes"]}
+moves {measured["bandwidth_bytes_per_s"] / 1e12:.2f} TB/s. Minima; a row of the file names its commit.
+{measured["notes"]}
 
 ## Models
 

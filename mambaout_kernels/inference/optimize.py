@@ -48,8 +48,8 @@ def optimize_for_inference(
             bfloat16 numbers on processors that multiply these fast; on GPUs blocks are fused where it allows TF32.
         device: where to; None for the model's own.
         cuda_graphs: on an NVIDIA GPU, capture forward(x) of one tensor once for each shape of x, and replay it, where
-            launching takes longer than computing: small batches, slow hosts. Each of up to 16 shapes keeps the memory of its
-            activations; a model whose forward looks at values, as detectors do, cannot be captured.
+            launching takes longer than computing: small batches, slow hosts. Each of up to 16 shapes keeps the memory
+            of its activations; a model whose forward looks at values, as detectors do, cannot be captured.
 
     Raises:
         TypeError: not a torch.nn.Module, an InferenceModel, or a dtype that is not floating point.

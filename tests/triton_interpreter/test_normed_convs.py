@@ -123,9 +123,9 @@ def test_nothing_beyond_a_tensor_is_read(name):
 def test_a_nan_reaches_what_sees_it(name):
     """Not what is multiplied by the zeros behind the last tap."""
     x, weight, *rest = conv_inputs(name, torch.float16)
-    for at in ((0, 0), (3, 4), (4, 4)):
+    for h, w in ((0, 0), (3, 4), (4, 4)):
         poisoned = x.clone()
-        poisoned[0, :, *at] = float("nan")
+        poisoned[0, :, h, w] = float("nan")
         ours = conv3x3s2_norm_act(poisoned, pack_conv(weight), *rest, 1e-6, "gelu")
         assert torch.equal(ours.isnan(), convolved(poisoned, weight, *rest, 1e-6, "gelu").isnan())
 
