@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_acceptance.py --plan A      build, correctness, behaviour, tests, sanitizers
     python benchmarks/gpu_acceptance.py --plan B      the op: times, hardware counters
-    python benchmarks/gpu_acceptance.py --plan C      blocks and models: inference, training, memory
+    python benchmarks/gpu_acceptance.py --plan C      blocks and models in bf16: inference, training, memory
+    python benchmarks/gpu_acceptance.py --plan D      more models: base under AMP, float32
     python benchmarks/gpu_acceptance.py --dry ...     the same on the CPU, small, to see that it runs
 
 From a bare checkout: needs torch, triton, nvcc, cmake, ninja and pybind11, and installs nothing. Every section is a
@@ -61,6 +62,9 @@ def run(names: list[str] | tuple[str, ...], settings: Settings) -> None:
     """One section after the other; those that may run beside others are begun as soon as their turn comes."""
     beside: list[tuple[str, subprocess.Popen[bytes], float]] = []
     for name in names:
+        if name == gpu_sections.WAIT:
+            finish(beside, settings)
+            continue
         limit = min(SECTIONS[name].limit_s, settings.left())
         if limit < LEAST_S:
             settings.record(name, "left_out", text="no time")
@@ -71,8 +75,13 @@ def run(names: list[str] | tuple[str, ...], settings: Settings) -> None:
             beside.append((name, process, time.time() + limit))
         else:
             end(name, process, limit, settings)
+    finish(beside, settings)
+
+
+def finish(beside: list[tuple[str, subprocess.Popen[bytes], float]], settings: Settings) -> None:
     for name, process, until in beside:
         end(name, process, max(1.0, until - time.time()), settings)
+    beside.clear()
 
 
 def begin(name: str, settings: Settings, until: float) -> subprocess.Popen[bytes]:

@@ -232,7 +232,7 @@ OP = ("cuda", "triton", "eager", "naive", "compile")
 def times(
     settings: Settings, subject: str, dtype: str, batch: int = BATCH, contenders: tuple[str, ...] = OP,
     modes: tuple[str, ...] | None = None, stages: tuple[int, ...] = (), variant: str | None = None,
-    autocast: bool = False, graph: bool = False,
+    autocast: bool = False, graph: bool = False, verify: bool = True,
 ) -> Found:  # fmt: skip
     """Rows of times, cell by cell, every contender in turns with the others."""
     import torch
@@ -254,9 +254,8 @@ def times(
                 continue
             cell = Cell(subject, mode, dtype, batch, shape, contenders, autocast, "random", settings.device, graph)
             try:
-                for row in measure.time_cell(
-                    cell, torch.get_num_threads(), 0.05 if settings.dry else 0.5, measure.Watch()
-                ):
+                budget = 0.05 if settings.dry else 0.5
+                for row in measure.time_cell(cell, torch.get_num_threads(), budget, measure.Watch(), verify=verify):
                     yield "row", row
             except torch.OutOfMemoryError:
                 yield "left_out", {"text": f"{what}: out of memory"}
@@ -325,8 +324,35 @@ TRAINING = ("fused", "compile-fused", "eager", "timm", "timm-compile")
 BLOCK = ("fused", "modules", "cuda", "triton", "compile-fused", "eager", "naive", "compile")
 
 
+def ahead(settings: Settings, mode: str, dtype: str, variant: str, autocast: bool) -> Found:
+    """Compiles what `model` times, which the compilers keep on the disk, and verifies it: minutes of the host's time,
+    in which others can do the same."""
+    from mambaout_kernels.benchmarking import accuracy, shapes, workloads
+
+    contenders = INFERENCE if mode == "fwd" else TRAINING
+    if settings.dry:
+        variant, contenders = "test_mambaout", ("fused",)
+    shape = shapes.stages(variant)[0]
+    batch = 1 if settings.dry else BATCH
+    cell = workloads.Cell(
+        "model", mode, dtype, batch, shape, tuple(name for name in contenders if "compile" in name or "reduce" in name),
+        autocast, "random", settings.device,
+    )  # fmt: skip
+    workload = workloads.build(cell)
+    for contender in workload.contenders:
+        with contender.context():
+            contender.run(contender.prepare())
+    what = f"model {mode} {variant} {dtype}{', AMP' if autocast else ''}"
+    yield "note", {"text": f"{what}: compiled {len(workload.contenders)}, not {workload.failures}"}
+    for name in contenders:
+        if name not in workloads.OWN or (name == "fused-graphs" and autocast):
+            continue
+        found = accuracy.worst(workloads.verify(cell, name))
+        yield ("note" if found.passed else "fail"), {"text": f"{what}, {name}: {found}"}
+
+
 def model(settings: Settings, dtype: str, variant: str, autocast: bool) -> Found:
-    how: dict[str, Any] = {"dtype": dtype, "variant": variant, "autocast": autocast}
+    how: dict[str, Any] = {"dtype": dtype, "variant": variant, "autocast": autocast, "verify": False}  # `ahead` did
     yield from times(settings, "model", contenders=INFERENCE, modes=("fwd",), **how)
     yield from times(settings, "model", contenders=TRAINING, modes=("train",), **how)
 
@@ -341,6 +367,8 @@ def replayed_model(settings: Settings) -> Found:
 
 
 TINY, BASE = "mambaout_tiny", "mambaout_base"
+PRECISIONS = {"amp": ("bf16", True), "bf16": ("bf16", False), "fp32": ("fp32", False)}
+WAIT = "wait"  # in a plan: until what runs beside others has ended
 SECTIONS: dict[str, Section] = {
     "facts": Section(facts, 60),
     "build": Section(build, 300),
@@ -374,11 +402,19 @@ SECTIONS: dict[str, Section] = {
         partial(times, subject="block", dtype="bf16", contenders=("fused", "modules", "compile"), modes=("fwd",)), 90
     ),
     **{
-        f"model-{variant.removeprefix('mambaout_')}-{'amp' if autocast else dtype}": Section(
+        f"model-{variant.removeprefix('mambaout_')}-{name}": Section(
             partial(model, dtype=dtype, variant=variant, autocast=autocast), 240
         )
-        for dtype, autocast in (("bf16", True), ("bf16", False), ("fp32", False))
+        for name, (dtype, autocast) in PRECISIONS.items()
         for variant in (TINY, BASE)
+    },
+    **{
+        f"ahead-{mode}-{variant.removeprefix('mambaout_')}-{name}": Section(
+            partial(ahead, mode=mode, dtype=dtype, variant=variant, autocast=autocast), 240, True
+        )
+        for name, (dtype, autocast) in PRECISIONS.items()
+        for variant in (TINY, BASE)
+        for mode in ("fwd", "train")
     },
     "model-small-batch": Section(replayed_model, 120),
     "memory": Section(memory, 60),
@@ -389,7 +425,11 @@ PLANS: dict[str, tuple[str, ...]] = {
           "check-cuda-fp16", *SANITIZERS, "behaviour-triton", "tests"),
     "B": ("facts", "build", "bandwidth", "op-bf16", "counters", "op-fp32", "op-1", "op-base", "op-64", "op-autotune",
           "op-fp16", "depthwise"),
-    "C": ("facts", "build", "bandwidth", "block-inference", "model-tiny-bf16", "model-tiny-amp", "model-base-amp",
-          "block", "block-base", "model-small-batch", "memory", "model-base-bf16", "model-tiny-fp32",
-          "model-base-fp32"),
+    "C": ("facts", "build", "ahead-train-tiny-bf16", "ahead-train-base-bf16", "ahead-train-tiny-amp",
+          "ahead-fwd-tiny-bf16", "ahead-fwd-base-bf16", "ahead-fwd-tiny-amp", WAIT, "bandwidth",
+          "model-tiny-bf16", "model-tiny-amp", "model-base-bf16",
+          "model-small-batch", "memory", "block-inference", "block", "block-base"),
+    "D": ("facts", "build", "ahead-train-base-amp", "ahead-train-tiny-fp32", "ahead-train-base-fp32",
+          "ahead-fwd-base-amp", "ahead-fwd-tiny-fp32", "ahead-fwd-base-fp32", WAIT, "bandwidth",
+          "model-base-amp", "model-tiny-fp32", "model-base-fp32"),
 }  # fmt: skip

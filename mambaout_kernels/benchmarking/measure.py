@@ -126,16 +126,18 @@ def time_cell(
     watch: Watch,
     peak: dict[str, float] | None = None,
     folder: Path | None = None,
+    verify: bool = True,
 ) -> list[Row]:
     """One row per contender. Where one of ours is wrong, its row has `check` false, times, and no speed-up.
 
-    `peak`: machine.fma_peak() of the same threads, just before; `folder`: where exported models are kept.
+    `peak`: machine.fma_peak() of the same threads, just before; `folder`: where exported models are kept; verify False:
+    it was done elsewhere, and rows have no `check`.
     """
     workload = workloads.build(cell, folder)
     checked = {
         name: accuracy.worst(workloads.verify(cell, name))
         for name in cell.contenders
-        if name in workloads.OWN and name not in workload.failures
+        if verify and name in workloads.OWN and name not in workload.failures
     }
     flops = stages.problem_flops(workloads.problem(cell)) if cell.mode == "fwd" and cell.device == "cpu" else None
     beside = threads > 1 and any(name in peers.NAMES for name in cell.contenders)

@@ -64,9 +64,16 @@ def test_sections_and_their_report(tmp_path):
 def test_every_section_of_the_plans_is_there_and_fits_the_time(load):
     sections = load("gpu_sections")
     for plan in sections.PLANS.values():
-        assert set(plan) <= set(sections.SECTIONS)
+        assert set(plan) - {sections.WAIT} <= set(sections.SECTIONS)
         assert plan[:2] == ("facts", "build")
-    assert {name for plan in sections.PLANS.values() for name in plan} == set(sections.SECTIONS)
+    assert {name for plan in sections.PLANS.values() for name in plan} == {*sections.SECTIONS, sections.WAIT}
+    for plan in sections.PLANS.values():  # nothing is timed while others run
+        for at, name in enumerate(plan):
+            if name.startswith(("model", "block", "op", "bandwidth")):
+                beside = [
+                    earlier for earlier in plan[:at] if earlier != sections.WAIT and sections.SECTIONS[earlier].beside
+                ]
+                assert not beside or sections.WAIT in plan[plan.index(beside[-1]) : at]
     plan_a = sections.PLANS["A"]
     first_to_wait_for = next(name for name in plan_a if name.startswith("check") and not sections.SECTIONS[name].beside)
     assert first_to_wait_for == "check-cuda-bf16"
@@ -95,8 +102,15 @@ def hangs(settings):
     yield "note", {"text": "before the wait"}
     time.sleep(600)
 
-SECTIONS = {"good": Section(good, 60), "raises": Section(raises, 60), "crashes": Section(crashes, 60),
-            "hangs": Section(hangs, 10)}
+def slow(settings):
+    time.sleep(2)
+    yield "note", {"text": "slow"}
+
+def quick(settings):
+    yield "note", {"text": "quick"}
+
+SECTIONS = {"slow": Section(slow, 60, True), "quick": Section(quick, 60), "good": Section(good, 60),
+            "raises": Section(raises, 60), "crashes": Section(crashes, 60), "hangs": Section(hangs, 10)}
 PLANS = {"A": ("good",)}
 """
 
@@ -123,6 +137,21 @@ def test_what_a_section_found_before_it_failed_stays(tmp_path):
     assert "- **FAILED** raises: RuntimeError: the driver is gone" in text
     assert "- **FAILED** crashes: ended with status -11" in text
     assert "- hangs: ended at its limit of 10 s" in text
+
+
+@pytest.mark.parametrize("names", [("slow", "quick"), ("slow", "wait", "quick")], ids=" ".join)
+def test_sections_beside_others_are_waited_for(tmp_path, names):
+    script = Sections(tmp_path).script
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(script.parent)!r}); import gpu_acceptance as g; "
+        f"from gpu_sections import Settings; from pathlib import Path; "
+        f"g.run({names!r}, Settings(Path({str(tmp_path)!r}), 'v', False, time.time() + 60))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = [record["section"] for record in records if record["kind"] == "note"]
+    assert found == (["slow", "quick"] if "wait" in names else ["quick", "slow"])
 
 
 def test_nothing_is_begun_when_time_is_up(tmp_path):
