@@ -226,7 +226,7 @@ def configurations(
     targets: Sequence[str], dtypes: Sequence[str], variant: str, names: Sequence[str] = KERNELS
 ) -> list[BlockKernel]:
     """What the stages of a variant launch, each once; widths are filled up as the inference model does."""
-    from ..ops.layer_norm import NARROW_CONV
+    from ..ops.conv_norm import NARROW_CONV
     from ..ops.split_block import NARROW
 
     found: dict[BlockKernel, None] = {}

@@ -1,7 +1,7 @@
 """The stem and what stands between stages, of a frozen network on a GPU: convolutions with bias, norm and activation.
 
 Narrow ones of 16 bits are one kernel; others are cuDNN's without their biases, before a kernel that adds them,
-normalises and activates (ops/layer_norm.py).
+normalises and activates (ops/conv_norm.py).
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.plain import activation_name
-from ..ops.layer_norm import NARROW_CONV, conv3x3s2_norm_act, layer_norm_act, pack_conv
+from ..ops.conv_norm import NARROW_CONV, conv3x3s2_norm_act, layer_norm_act, pack_conv
 from ..reference import activation
 from .parts import refuse_gradients
 

@@ -16,7 +16,7 @@ from ..nn.downsample import Downsample, Stem
 from ..nn.eligibility import conv3x3s2_reason, gated_cnn_block_reason, head_reason
 from ..nn.head import Head
 from ..nn.plain import has_hooks
-from ..ops.layer_norm import WIDEST
+from ..ops.conv_norm import WIDEST
 from . import split_blocks
 from .model import InferenceModel, Part
 from .normed_convs import NormedDownsample, NormedStem

@@ -14,7 +14,7 @@ from ..backends import triton
 from ..nn.alignment import padding, spread, with_zeros
 from ..nn.eligibility import GatedCNNBlock, gated_cnn_block_reason
 from ..nn.plain import activation_name, layer_scale_of
-from ..ops.layer_norm import WIDEST
+from ..ops.conv_norm import WIDEST
 from ..ops.split_block import pack_filter, round_weight, split_gated_cnn_block
 from .parts import refuse_gradients
 

@@ -14,7 +14,7 @@ from mambaout_kernels import backends, reference
 from mambaout_kernels.benchmarking.inputs import enlivened
 from mambaout_kernels.inference.normed_convs import NormedConv, NormedDownsample, NormedStem
 from mambaout_kernels.nn.downsample import Downsample, Stem
-from mambaout_kernels.ops.layer_norm import conv3x3s2_norm_act, layer_norm_act, pack_conv
+from mambaout_kernels.ops.conv_norm import conv3x3s2_norm_act, layer_norm_act, pack_conv
 
 LOW = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *LOW]
