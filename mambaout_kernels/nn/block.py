@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import backends
 from ..backends.checks import MAX_KERNEL_SIZE
 from ..ops import gated_dwconv
 from .alignment import aligned, with_zeros
@@ -166,7 +167,7 @@ class FusedGatedCNNBlock(nn.Module):
 
     def _branch(self, x: torch.Tensor) -> torch.Tensor:
         fc1, fc2, zeros = aligned(self, x)
-        if self._compiled_rows():
+        if self._compiled_rows(x):
             u = norm_linear(self.norm, fc1, x.flatten(0, 2)).unflatten(0, x.shape[:3])
             y = self._gated_dwconv(u, zeros).flatten(0, 2)
             return self.ls(linear(fc2, y)).unflatten(0, x.shape[:3])
@@ -174,10 +175,12 @@ class FusedGatedCNNBlock(nn.Module):
         y = self._gated_dwconv(u, zeros)
         return self.ls(linear(fc2, y))
 
-    def _compiled_rows(self) -> bool:
-        """Whether to show a compiler rows of pixels: it takes what has four dimensions for images of convolutions, and
-        keeps for backward what it transposed (on an H100 a sixth of a training step). Of modules that work on rows."""
-        if not torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.unfused_reason() is not None:
+    def _compiled_rows(self, x: torch.Tensor) -> bool:
+        """Whether to show a compiler rows of pixels around the fused op: it takes what has four dimensions for images
+        of convolutions, and keeps for backward what it transposed (on an H100 a sixth of a training step)."""
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+            return False
+        if backends.uses_reference(x.device.type) or self.unfused_reason() is not None:
             return False
         norm: Any = self.norm
         return (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numerics import assert_accurate, assert_model_accurate
 from torch import nn
 
+from mambaout_kernels import backends
 from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.nn import block as block_module
 from mambaout_kernels.nn.block import DropPath, FusedGatedCNNBlock, activation_name
@@ -415,3 +416,20 @@ def test_a_compiler_shows_modules_of_maps_a_map(change):
     torch._dynamo.reset()
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_for_compilers_in_training_around_the_op():
+    """Elsewhere four dimensions are what a compiler does best with, or what a user looks at."""
+    block, x, seen = make_block(), make_x(), []
+
+    def rows(forced=None, grad=True):
+        torch._dynamo.reset()
+        with backends.force(forced), torch.set_grad_enabled(grad):
+            torch.compile(block, fullgraph=True, backend=lambda graph, _: seen.append(graph) or graph)(x)
+        return any("flatten" in str(node.target) for node in seen.pop().graph.nodes)
+
+    assert rows() == (backends.status()["cpu"] is None)
+    assert not rows("reference")
+    assert not rows(grad=False)
+    assert not any("view" in str(node.target) for node in torch.export.export(block, (x,)).graph.nodes)
+    torch._dynamo.reset()
