@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .linear import normed
+
 
 def _conv3x3s2(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
@@ -31,8 +33,8 @@ class Stem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
         if self.norm1 is not None:
-            x = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.norm2(self.conv2(self.act(x)).permute(0, 2, 3, 1))
+            x = normed(self.norm1, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return normed(self.norm2, self.conv2(self.act(x)).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
@@ -46,6 +48,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.norm_first:
-            x = self.norm(x)
+            x = normed(self.norm, x)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x if self.norm_first else self.norm(x)
+        return x if self.norm_first else normed(self.norm, x)

