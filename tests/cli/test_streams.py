@@ -83,6 +83,15 @@ def test_a_process_and_its_pipe():
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
+@pytest.fixture
+def interrupts():
+    """Heard by processes that are begun, as from a terminal; where tests run in the background they would not be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_interrupt_of_a_process():
     root = str(Path(mambaout_kernels.__file__).parents[1])
     command = [sys.executable, "-m", "mambaout_kernels", "check", *REFERENCE[:-2]]
@@ -95,6 +104,7 @@ def test_interrupt_of_a_process():
     assert process.returncode == 130
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 @pytest.mark.parametrize("seconds", [0.2, 0.8, 1.6])
 def test_interrupt_while_torch_is_imported(seconds):
@@ -107,6 +117,7 @@ def test_interrupt_while_torch_is_imported(seconds):
     assert said in ("", "interrupted\n") or seconds < 0.3  # before the package: Python's own
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_another_process_that_imports_the_package_handles_interrupts_itself():
     code = "import signal, mambaout_kernels; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from cuda_host import host
 from cuda_host.host import Device, Fault, Schedule
-from numerics import OUTPUTS, assert_accurate, eager, expected_of, make_inputs
+from numerics import OUTPUTS, Inputs, assert_accurate, eager, expected_of, make_inputs
 
 from mambaout_kernels.reference import ACTIVATIONS
 
@@ -103,7 +103,7 @@ def test_the_bias_is_added_last(device, K):
     C, large, small = 8, 2.0**12, 2.0**-13
     u = torch.ones(1, 9, 9, 2 * C)
     u[..., C:] = small
-    given = [u, torch.ones(C, 1, K, K), torch.full((C,), large), torch.ones(1, 9, 9, C)]
+    given = Inputs(u, torch.ones(C, 1, K, K), torch.full((C,), large), torch.ones(1, 9, 9, C))
     y, du, *_ = host.run(host.build(), given, "identity", device=device)
     taps = F.conv2d(torch.ones(1, 1, 9, 9), torch.ones(1, 1, K, K), padding=K // 2).view(1, 9, 9, 1)
     assert torch.equal(y, (taps * small + large).expand(y.shape))
