@@ -141,7 +141,7 @@ FAULTS = [
     FaultySource("mambaout_kernels/ops/split_block.py", "block_launch.round_tf32(weight) if", "weight if",
                  f"{_SPLIT} factors_are_rounded"),
     FaultySource(_BLOCK, "    if PRECISION == \"tf32\":  #", "    if False:  #", f"{_SPLIT} factors_are_rounded"),
-    FaultySource(_BLOCK, "tl.where(tl.abs(x) < 3.4e38, nearest, x)", "nearest", f"{_SPLIT} 'not_finite and tf32'"),
+    FaultySource(_BLOCK, "tl.where(tl.abs(x) < 3.4e38, nearest, x)", "nearest", f"{_SPLIT} kernels_round"),
     FaultySource("mambaout_kernels/ops/split_block.py", "eps, factor=True)", "eps)", f"{_SPLIT} factors_are_rounded"),
     # Convolutions and norms of inference on a GPU, in Triton's interpreter.
     FaultySource(_BLOCK, "pixel // OW % OH * 2 - 1, pixel", "pixel // OW % OH * 2, pixel", f"{_NORMED} fp64"),

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from numerics import assert_accurate
 from torch import nn
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import mambaout_kernels as mk
 from mambaout_kernels import backends, reference
+from mambaout_kernels.backends.triton_kernels import block as block_kernels
 from mambaout_kernels.backends.triton_kernels import block_launch, block_tiles
 from mambaout_kernels.benchmarking import error_bounds
 from mambaout_kernels.benchmarking.inputs import enlivened
@@ -303,6 +306,24 @@ def test_tf32_keeps_what_is_not_finite(tf32, monkeypatch, narrow):
     with backends.force("reference"):
         eager = block(x)
     assert torch.equal(SplitBlock(block, torch.float32)(x).isfinite(), eager.isfinite())
+
+
+@triton.jit
+def round_all(x_ptr, y_ptr, N: tl.constexpr):
+    index = tl.arange(0, N)
+    tl.store(y_ptr + index, block_kernels._rounded(tl.load(x_ptr + index), tl.float32, "tf32"))
+
+
+def test_kernels_round_as_weights_are():
+    """NaN as GPUs write it, whose bits are all set, and the largest number would turn into others."""
+    bits = torch.randint(-(2**31), 2**31, (256,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits[:6] = torch.tensor([0x7FFFFFFF, -1, 0x7F7FFFFF, -0x00800001, 0x7F800000, 0x7FC00000])
+    x, y = bits.view(torch.float32), torch.empty(256)
+    round_all[(1,)](x, y, 256)
+    assert torch.equal(y.view(torch.int32), block_launch.round_tf32(x).view(torch.int32))
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y.isinf(), x.isinf())
+    assert (((y - x).abs() <= 2**-11 * x.abs()) | ~x.isfinite() | (x.abs() < 1e-37)).all()
 
 
 def test_numbers_rounded_to_tf32():
