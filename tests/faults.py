@@ -56,8 +56,6 @@ FAULTS = [
                  "tests/nn/test_block.py -k over_more_than_channels"),
     FaultySource("mambaout_kernels/ops/gated_dwconv.py", "ctx.backend = backends.forced()", "ctx.backend = None",
                  "tests/backends/test_backends.py -k backward_runs"),
-    FaultySource("mambaout_kernels/backends/__init__.py", "_transformed._dynamo_marked_constant = True", "pass",
-                 "tests/nn/test_transforms.py -k compiled"),
     FaultySource("mambaout_kernels/backends/__init__.py", "    if _transformed():\n        return \"reference\"\n", "",
                  "tests/nn/test_transforms.py -k block"),
     FaultySource("mambaout_kernels/inference/parts.py", "if tangent or (torch", "if (torch",
