@@ -53,21 +53,21 @@ def _function(kernel: BlockKernel) -> tuple[Any, dict[str, Any]]:
     """The jitted function and its compile-time constants, as block_launch.py gives them."""
     from ..backends.triton_kernels import block
 
-    tile, (k0, k1) = kernel.tile, block_tiles.parts(kernel.dim)
+    tile, (C, dim) = kernel.tile, kernel.widths
+    k0, k1 = block_tiles.parts(dim)
     if kernel.name == "depthwise":
         vector = tiles.VECTOR_BYTES * 8 // kernel.bits
         blocks = {"BLOCK_H": tile.block_h, "BLOCK_W": tile.block_w, "BLOCK_D": tile.block_d}
         return block.depthwise_fwd, {"K": kernel.K, "VEC": vector, **blocks}
     precision = "tf32" if kernel.bits == 32 else "ieee"  # "ieee" of float32 is never launched
     if kernel.name in _CONVOLUTIONS:
-        (C, dim), first = kernel.widths, kernel.name == "image_conv"
-        k0, k1 = block_tiles.parts(dim)
+        first = kernel.name == "image_conv"
         act = kernel.act if first else "identity"
         blocks = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
         return block.conv3x3s2_norm_fwd, {
             "C": C, "DIM": dim, "K0": k0, "K1": k1, "ACT": act, "NHWC": not first, **blocks
         }  # fmt: skip
-    constants: dict[str, Any] = {"DIM": kernel.dim, "BLOCK_M": tile.block_m, "PRECISION": precision}
+    constants: dict[str, Any] = {"DIM": dim, "BLOCK_M": tile.block_m, "PRECISION": precision}
     if kernel.name == "layer_norm":
         return block.layer_norm_fwd, {**constants, "K0": k0, "K1": k1, "BIASED": False, "ACT": "identity"}
     constants |= {"BLOCK_N": tile.block_n}

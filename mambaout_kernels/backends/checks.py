@@ -60,6 +60,16 @@ def check_gradient(dy: Tensor, u: Tensor) -> None:
         raise RuntimeError(f"dy must be on the device of u, {u.device}; got {dy.device}")
 
 
+def check_beside(x: Tensor, name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """ValueError or TypeError unless a kernel can read t beside x: of this shape and dtype, dense, on x's device."""
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
+    if t.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} beside x of {x.dtype}; got {t.dtype}")
+    if t.device != x.device or t.layout != torch.strided or not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, on the device of x, {x.device}; got {t.device}")
+
+
 def check_devices(*tensors: Tensor | None) -> None:
     """RuntimeError unless all are on one device: of a fake kernel, which runs where one of them has no memory."""
     devices = {str(t.device) for t in tensors if t is not None}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check, check_gradient
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # Ampere: what the tiles are made for, and the first with bfloat16
 
 
@@ -44,7 +44,7 @@ def _recent(device_index: int) -> bool:
 
 def supports(u: Tensor, weight: Tensor | None = None) -> bool:
     """fp32, bf16 and fp16 on CUDA and ROCm; on the CPU under the interpreter alone."""
-    if u.dtype not in _DTYPES:
+    if u.dtype not in DTYPES:
         return False
     return _recent(u.device.index) if u.is_cuda else interpreting() and u.device.type == "cpu"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..backends import triton
 from ..integrations import patching
 from ..models import MambaOut
 from ..nn import FusedGatedCNNBlock
@@ -21,7 +22,7 @@ from . import split_blocks
 from .model import InferenceModel, Part
 from .normed_convs import NormedDownsample, NormedStem
 from .parts import FusedHead, PackedBlocks, PackedDownsample, PackedStem
-from .split_blocks import GPU_DTYPES, SplitBlocks, split_reason
+from .split_blocks import SplitBlocks, split_reason
 
 
 def optimize_for_inference(
@@ -209,6 +210,12 @@ class _Swap:
             return reason and f"{reason}; the block runs the fused op gated_dwconv"
         if self.unpackable is None:
             return gated_cnn_block_reason(block, self.dtype)
+        return self._unfusible()
+
+    def _unfusible(self) -> str | None:
+        """Why neither weights can be packed nor Triton's kernels run on this device."""
+        if self.unpackable is None or self.unsplittable is None:
+            return None
         return self.unpackable if self.device.type == "cpu" else self.unsplittable
 
     def _fused(self, run: list[FusedGatedCNNBlock]) -> nn.Module:
@@ -250,7 +257,7 @@ class _Swap:
             return None
         if has_hooks(module):
             return "it has hooks"
-        if (reason := self._conv_unavailable()) is not None:
+        if (reason := self._unfusible()) is not None:
             return reason
         if type(module) is not Stem and not _agree(Stem.forward, module, 1, m.conv1.in_channels, 9, 10):
             return _DIFFERS
@@ -263,7 +270,7 @@ class _Swap:
             return None
         if has_hooks(module):
             return "it has hooks"
-        if (reason := self._conv_unavailable()) is not None:
+        if (reason := self._unfusible()) is not None:
             return reason
         norm_first = getattr(m, "norm_first", False)
         if type(module) is not Downsample:
@@ -278,16 +285,10 @@ class _Swap:
             return reason or NormedDownsample(m.conv, m.norm, norm_first)
         return reason or PackedDownsample(m.conv, m.norm, norm_first, self.dtype)
 
-    def _conv_unavailable(self) -> str | None:
-        """Why no convolution is fused with its norm on this device."""
-        if self.unpackable is None or self.unsplittable is None:
-            return None
-        return self.unpackable if self.device.type == "cpu" else self.unsplittable
-
     def _conv_reason(self, conv: nn.Module, norm: nn.Module | None, act: nn.Module | None) -> str | None:
         if self.unpackable is None:
             return conv3x3s2_reason(conv, norm, act, self.dtype)
-        reason = conv3x3s2_reason(conv, norm, act, self.dtype, self.device, GPU_DTYPES)
+        reason = conv3x3s2_reason(conv, norm, act, self.dtype, self.device, triton.DTYPES)
         if reason is None and norm is not None and conv.out_channels > WIDEST:  # type: ignore[operator]
             reason = f"conv has {conv.out_channels} channels, above {WIDEST}"
         return reason

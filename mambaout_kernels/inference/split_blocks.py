@@ -18,8 +18,6 @@ from ..ops.conv_norm import WIDEST
 from ..ops.split_block import pack_filter, round_weight, split_gated_cnn_block
 from .parts import refuse_gradients
 
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def unavailable(device: torch.device) -> str | None:
     """Why blocks cannot be split on this device; None where they can."""
@@ -35,7 +33,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def split_reason(block: GatedCNNBlock, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a block is not split."""
-    reason = gated_cnn_block_reason(block, dtype, device, GPU_DTYPES)
+    reason = gated_cnn_block_reason(block, dtype, device, triton.DTYPES)
     if reason is None and block.dim > WIDEST:
         reason = f"dim is {block.dim}, above {WIDEST}"
     return reason

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import triton
+from ..backends.checks import check_beside
 from ..reference import ACTIVATIONS
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 1024  # channels that one program holds
 NARROW_CONV = 128  # output channels up to which the convolution is faster here than in cuDNN
 MOST_PIXELS = 2**31  # of images, which are counted in 32 bits
@@ -111,19 +111,13 @@ def normalises(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 def _check(name_of_x: str, x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:
     if x.ndim == 0 or not 1 <= x.shape[-1] <= WIDEST:
         raise ValueError(f"{name_of_x} must be (..., dim), dim 1 to {WIDEST}; got shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in triton.DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16; got {x.dtype}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
     for name, t in parameters.items():
-        if t is None:
-            continue
-        if t.shape != x.shape[-1:]:
-            raise ValueError(f"{name} must have shape {tuple(x.shape[-1:])}; got {tuple(t.shape)}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name} must be {x.dtype}, as x is; got {t.dtype}")
-        if t.device != x.device or t.layout != torch.strided or not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, on the device of x, {x.device}; got {t.device}")
+        if t is not None:
+            check_beside(x, name, t, tuple(x.shape[-1:]), x.dtype)
 
 
 def _layer_norm_act(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, act: str) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .. import backends, reference
 from ..backends import cuda, triton
-from ..backends.checks import check_parameters
+from ..backends.checks import check_beside, check_parameters
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LONGEST_ROW = 2**24  # elements, of W * C
 NARROW = 256  # a program keeps x's and out's channels of its pixels
 
@@ -77,7 +76,7 @@ def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str, taps_blo
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, taps, fc2_weight, fc2_bias = tensors
     if x.ndim != 4 or x.shape[-1] == 0:
         raise ValueError(f"x must have 4 dimensions (N, H, W, dim), dim at least 1; got shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in triton.DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16; got {x.dtype}")
     if fc2_weight.ndim != 2:
         raise ValueError(f"fc2_weight must have 2 dimensions (dim, hidden); got shape {tuple(fc2_weight.shape)}")
@@ -91,15 +90,8 @@ def _check(tensors: tuple[Tensor, ...], scale: Tensor | None, act: str, taps_blo
         ("fc2_weight", fc2_weight, (dim, hidden)), ("fc2_bias", fc2_bias, (dim,)), ("scale", scale, (dim,)),
         ("conv_bias", conv_bias, (C,)), ("taps", taps, (rows, taps.shape[-1] if taps.ndim == 2 else -1)),
     ):  # fmt: skip
-        if t is None:
-            continue
-        dtype = torch.float32 if name == "taps" else x.dtype
-        if t.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
-        if t.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} beside x of {x.dtype}; got {t.dtype}")
-        if t.device != x.device or t.layout != torch.strided or not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, on the device of x, {x.device}; got {t.device}")
+        if t is not None:
+            check_beside(x, name, t, shape, torch.float32 if name == "taps" else x.dtype)
     if taps.shape[1] < C or taps.shape[1] % taps_block:
         raise ValueError(f"taps must have shape ({rows}, {C} rounded up to {taps_block}s); got {tuple(taps.shape)}")
 
@@ -111,7 +103,9 @@ def _by_cuda(c: Tensor, weight: Tensor) -> bool:
 
 def _whole(x: Tensor) -> bool:
     """Whether products are at full float32 precision, which tensor cores do not have."""
-    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    from ..backends.triton_kernels import block_launch
+
+    return x.dtype == torch.float32 and block_launch.precision(x) == "ieee"
 
 
 def _depthwise(c: Tensor, weight: Tensor, bias: Tensor, taps: Tensor) -> Tensor:
