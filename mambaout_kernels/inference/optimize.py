@@ -16,7 +16,7 @@ from ..nn import FusedGatedCNNBlock
 from ..nn.downsample import Downsample, Stem
 from ..nn.eligibility import conv3x3s2_reason, gated_cnn_block_reason, head_reason
 from ..nn.head import Head
-from ..nn.plain import has_hooks
+from ..nn.plain import has_hooks, is_plain_tensor
 from ..ops.conv_norm import WIDEST
 from . import split_blocks
 from .model import InferenceModel, Part
@@ -109,12 +109,18 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def _own_memory(frozen: nn.Module, model: nn.Module) -> None:
-    """What still lies in the original's memory gets its own."""
-    strided = (t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided)
-    theirs = {t.untyped_storage().data_ptr() for t in strided}
-    for t in (*frozen.parameters(), *frozen.buffers()):
-        if t.layout != torch.strided or t.untyped_storage().data_ptr() in theirs:
-            t.data = t.data.clone()
+    """What still lies in the original's memory gets its own; of tensors that do not tell where they lie, all."""
+    theirs = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if is_plain_tensor(t)}
+    own: dict[Tensor, Tensor] = {}  # a tensor may be of several modules
+    for module in frozen.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, t in tensors.items():
+                if t is None or (is_plain_tensor(t) and t.untyped_storage().data_ptr() not in theirs):
+                    continue
+                if t not in own:
+                    copied = t.detach().clone()
+                    own[t] = nn.Parameter(copied, requires_grad=False) if isinstance(t, nn.Parameter) else copied
+                tensors[name] = own[t]
 
 
 def _unpackable(device: torch.device) -> str | None:

@@ -40,6 +40,25 @@ class GatedCNNBlock(Protocol):
     drop_path: nn.Module
 
 
+def _differs(name: str, module: nn.Module, wanted: str) -> str:
+    """What is there instead of `wanted`."""
+    if has_hooks(module):
+        return f"{name} has hooks"
+    kind = type(module)
+    own = kind.__module__.partition(".")[0] in ("torch", "mambaout_kernels")
+    return f"{name} is a {kind.__qualname__ if own else f'{kind.__module__}.{kind.__qualname__}'}, not {wanted}"
+
+
+def _tensors_reason(name: str, module: Any) -> str | None:
+    """Which of a module's parameters may mean something else than its numbers."""
+    for part in ("weight", "bias"):
+        p = getattr(module, part, None)
+        if isinstance(p, Tensor) and not is_plain_tensor(p):
+            layout = "" if p.layout == torch.strided else f" of layout {p.layout}"
+            return f"{name}.{part} is a {type(p).__name__}{layout}, not a plain tensor"
+    return None
+
+
 def gated_dwconv_reason(block: GatedCNNBlock) -> str | None:
     """Why `gated_dwconv` cannot stand in for a block's act and conv."""
     if watched():
@@ -54,9 +73,9 @@ def gated_dwconv_reason(block: GatedCNNBlock) -> str | None:
         return None
     if class_of(conv) not in (nn.Conv2d, CausalConv2d):
         return f"conv is a {type(conv).__name__}, not a plain nn.Conv2d"
+    if (reason := _tensors_reason("conv", conv)) is not None:
+        return reason
     weight, bias = conv.weight, conv.bias
-    if not (is_plain_tensor(weight) and is_plain_tensor(bias)):
-        return f"conv has parameters of {type(weight).__name__} and {type(bias).__name__}, not plain tensors"
     kernel, radius = conv.kernel_size, conv.kernel_size[0] // 2
     if (
         not conv.out_channels == conv.groups == channels
@@ -98,7 +117,7 @@ def _parameters_reason(
         if p is None:
             continue
         if not is_plain_tensor(p):
-            return f"{name} is a {type(p).__name__} of layout {p.layout}, not a plain tensor"
+            return f"{name} is a {type(p).__name__}, not a plain tensor"
         if p.shape != shape:
             return f"{name} is {tuple(p.shape)}, not {shape}"
         if p.dtype != dtype or p.device != device:
@@ -109,14 +128,16 @@ def _parameters_reason(
 
 def _layer_norm_reason(name: str, norm: nn.Module, features: int) -> str | None:
     if not is_plain_layer_norm(norm):
-        return f"{name} has hooks, or is a {type(norm).__name__}, not a plain LayerNorm"
+        return _tensors_reason(name, norm) or _differs(name, norm, "a plain LayerNorm")
     if norm.normalized_shape != (features,):
         return f"{name} normalises {norm.normalized_shape}, not ({features},)"
     return None
 
 
 def _linear_reason(name: str, fc: nn.Module) -> str | None:
-    return None if is_plain_linear(fc) else f"{name} has hooks, or is a {type(fc).__name__}, not a plain nn.Linear"
+    if is_plain_linear(fc):
+        return None
+    return _tensors_reason(name, fc) or _differs(name, fc, "a plain nn.Linear")
 
 
 def _no_op(module: nn.Module) -> bool:
@@ -140,9 +161,9 @@ def gated_cnn_block_reason(
         return "conv is causal"
     scale = layer_scale_of(ls)
     if has_hooks(ls) or (scale is None and class_of(ls) is not nn.Identity):
-        return f"ls has hooks, or is a {type(ls).__name__}, not a LayerScale"
+        return _differs("ls", ls, "a LayerScale")
     if has_hooks(block.drop_path) or not _no_op(block.drop_path):
-        return f"drop_path has hooks, or is a {type(block.drop_path).__name__}"
+        return _differs("drop_path", block.drop_path, "idle")
     dim, hidden = block.dim, block.split_indices[0]
     named = _parameters("norm", norm, dim) | _parameters("fc1", fc1, 2 * hidden, dim)
     named |= _parameters("fc2", fc2, dim, hidden) | {"ls.gamma": (scale, (dim,))}
@@ -164,12 +185,12 @@ def conv3x3s2_reason(
     None skips norm and act.
     """
     if not is_plain(conv, nn.Conv2d):
-        return f"conv has hooks, or is a {type(conv).__name__}, not a plain nn.Conv2d"
+        return _differs("conv", conv, "a plain nn.Conv2d")
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     if geometry != ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros"):
         return f"conv is {conv}, not 3 x 3 with stride 2 and zero padding of 1"
     if act is not None and (has_hooks(act) or activation_name(act) is None):
-        return f"act has hooks, or is a {type(act).__name__}, none of {', '.join(ACTIVATIONS)}"
+        return _differs("act", act, f"one of {', '.join(ACTIVATIONS)}")
     c: Any = conv
     reason = None if norm is None else _layer_norm_reason("norm", norm, c.out_channels)
     named = _parameters("conv", conv, c.out_channels, c.in_channels, 3, 3) | _parameters("norm", norm, c.out_channels)
@@ -194,9 +215,9 @@ def head_reason(
         return reason
     hidden: Any = fc1.out_features
     if has_hooks(act) or activation_name(act) != "gelu":
-        return f"act has hooks, or is a {type(act).__name__}, not a GELU"
+        return _differs("act", act, "a GELU")
     if not is_plain(dropout, nn.Dropout):
-        return f"dropout has hooks, or is a {type(dropout).__name__}, not an nn.Dropout"
+        return _differs("dropout", dropout, "an nn.Dropout")
     if not is_plain(fc2, nn.Identity):
         reason = _linear_reason("fc2", fc2)
         if reason is None and (fc2.in_features != hidden or fc2.out_features == 0):
