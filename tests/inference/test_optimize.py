@@ -501,7 +501,7 @@ REASONS = {
     "a parametrized stem": (STEM, parametrize(f"{STEM}.conv2"), "conv is a Parametrized"),
     "a parametrized head": (HEAD, parametrize("head.fc2"), "fc2 is a Parametrized"),
     "fc1 of another class": (BLOCK, lambda m: of_class(m.stages[0][0].fc1, Doubled), r"fc1 is a \S*Doubled"),
-    "conv of another class": (DOWN, lambda m: of_class(m.downsample_layers[1].conv, DoubledConv), r"is a \S*DoubledConv"),
+    "conv of another class": (DOWN, lambda m: of_class(m.downsample_layers[1].conv, DoubledConv), r"a \S*DoubledConv"),
     "fc2 of another class": (HEAD, lambda m: of_class(m.head.fc2, Doubled), r"fc2 is a \S*Doubled"),
     "a block of another class": (BLOCK, lambda m: of_class(m.stages[0][0], DoubledBlock), "a forward of its own"),
     "a forward of the block": (BLOCK, replace_forward(BLOCK), "it has hooks"),
