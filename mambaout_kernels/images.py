@@ -1,20 +1,25 @@
 """Pictures in files, as the model sees them."""
 
+import math
 import os
 from typing import Any
 
 import torch
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from .models.pretrained_cfg import MEAN, STD
+
 _LONGEST = 4  # times the short side: of a longer picture only the middle is resized
 
 
-def read(path: str | os.PathLike[str], size: int) -> torch.Tensor:
-    """An image file as a normalised (3, size, size): the short side resized (bicubic), the centre cropped.
+def read(path: str | os.PathLike[str], size: int, crop_pct: float = 1.0, squash: bool = False) -> torch.Tensor:
+    """An image file as a normalised (3, size, size): resized (bicubic), the centre cropped.
 
-    What timm's evaluation transform does at crop_pct 1, but that grey values of 16 bits become their upper 8, as Pillow
+    The short side is resized to size / crop_pct; with `squash` both sides are.
+
+    What timm's evaluation transform does, but that grey values of 16 bits become their upper 8, as Pillow
     reads colours of 16 bits; timm, as Pillow's conversion, makes every value from 255 on white. Takes up to 16 bytes
-    for each pixel of the file, of which Pillow allows 179 million, and of the at most 4 * size^2 after the resize.
+    for each pixel of the file, of which Pillow allows 179 million, and of the at most 4 * (size / crop_pct)^2 after the
+    resize.
 
     Raises OSError for a file that cannot be read as an image, and for values of which no format states what is white.
     """
@@ -28,11 +33,12 @@ def read(path: str | os.PathLike[str], size: int) -> torch.Tensor:
         raise
     except Exception as error:  # of nearly any type, by format and damage
         raise OSError(str(error)) from None
-    limit = _LONGEST * min(image.size)
-    left, top = (max(side - limit, 0) // 2 for side in image.size)
-    image = image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
-    short = min(image.size)
-    width, height = (size * side // short for side in image.size)
+    if not squash:
+        limit = _LONGEST * min(image.size)
+        left, top = (max(side - limit, 0) // 2 for side in image.size)
+        image = image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
+    short, resized = min(image.size), math.floor(size / crop_pct)
+    width, height = (resized if squash else resized * side // short for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size))

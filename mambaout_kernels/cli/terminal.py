@@ -126,14 +126,17 @@ def show_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], Any]]:
-    """Yields a function to call with the name of each of `total` steps before it starts; shown on stderr."""
+    """Yields a function to call with the name of each of `total` steps before it starts; shown on stderr, but of one."""
+    if total < 2:
+        yield lambda step: None
+        return
     if not (_rich() and sys.stderr.isatty()):
         started = 0
 
         def announce(step: str) -> None:
             nonlocal started
             started += 1
-            print(f"[{started}/{total}] {step}", file=sys.stderr, flush=True)
+            print(f"[{started}/{total}] {printable(step)}", file=sys.stderr, flush=True)
 
         yield announce
         return
@@ -147,7 +150,7 @@ def progress(total: int) -> Iterator[Callable[[str], Any]]:
 
         def advance(step: str) -> None:
             nonlocal started
-            bar.update(task, completed=started, description=step)
+            bar.update(task, completed=started, description=printable(step))
             started += 1
 
         yield advance

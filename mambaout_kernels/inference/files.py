@@ -49,6 +49,7 @@ def save(model: InferenceModel, path: str | os.PathLike[str]) -> None:
     network = model.model
     if type(network) is MambaOut and network.architecture() is not None and not any(map(has_hooks, network.modules())):
         metadata["architecture"] = json.dumps(network.architecture())
+        metadata["pretrained_cfg"] = json.dumps(network.pretrained_cfg)
     state = {name: t.contiguous() for name, t in model.model.state_dict().items()}
     _safetensors().torch.save_file(_untied(state), os.fspath(path), metadata)
 
@@ -126,6 +127,8 @@ def load_inference_model(path: str | os.PathLike[str], model: nn.Module | None =
         described = {name: (str(kind), dict(own)) for name, (kind, own) in json.loads(metadata["modules"]).items()}
         if model is None:
             model = _skeleton(json.loads(metadata["architecture"]), sum(t.nbytes for t in state.values()), dtype)
+            cfg = json.loads(metadata.get("pretrained_cfg", "{}"))
+            model.pretrained_cfg |= {k: tuple(v) if isinstance(v, list) else v for k, v in dict(cfg).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} holds damaged metadata: {error!r}") from error
     loaded = optimize_for_inference(model, dtype=dtype)
@@ -134,12 +137,12 @@ def load_inference_model(path: str | os.PathLike[str], model: nn.Module | None =
     return loaded
 
 
-def _skeleton(architecture: dict[str, Any], held: int, dtype: torch.dtype) -> nn.Module:
+def _skeleton(architecture: dict[str, Any], held: int, dtype: torch.dtype) -> MambaOut:
     """A model of this architecture, if a file that holds so many bytes of weights can have all of its weights."""
     blocks = sum(architecture.get("depths", ()))
     if blocks * 128 <= held:  # what packed weights of nothing take
         with torch.device("meta"):
-            skeleton: nn.Module = MambaOut(**architecture)
+            skeleton = MambaOut(**architecture)
         if sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize <= held:
             return skeleton.to_empty(device="cpu")
     raise ValueError(f"an architecture with more weights than the {held} bytes that there are")

@@ -93,6 +93,12 @@ class InferenceModel(nn.Module):
         with torch.no_grad():  # what is not fused runs as in inference, too
             return function(x, *args, **kwargs)
 
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The model's: how images are prepared, for `timm.data.resolve_model_data_config`."""
+        found: dict[str, Any] = getattr(self.model, "pretrained_cfg", {})
+        return found
+
     def report(self) -> Report:
         """What runs as one op, and why the rest does not."""
         return Report(self._parts)

@@ -120,7 +120,7 @@ def _own_memory(frozen: nn.Module, model: nn.Module) -> None:
                 if t not in own:
                     copied = t.detach().clone()
                     own[t] = nn.Parameter(copied, requires_grad=False) if isinstance(t, nn.Parameter) else copied
-                tensors[name] = own[t]
+                tensors[name] = own[t]  # type: ignore[assignment]
 
 
 def _unpackable(device: torch.device) -> str | None:

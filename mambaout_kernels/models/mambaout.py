@@ -19,6 +19,7 @@ from ..nn.block import LAYER_NORM, FusedGatedCNNBlock, refuse_unknown
 from ..nn.downsample import Downsample, Stem
 from ..nn.head import Head
 from .features import Stages
+from .pretrained_cfg import pretrained_cfg
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "gelu": nn.GELU,
@@ -85,6 +86,8 @@ class MambaOut(Stages):
     `forward(x) == forward_head(forward_features(x))`. `forward_features` returns the last stage's map, (N, H/32, W/32,
     dims[-1]), not yet normed: timm's convention. The authors' returns `norm(map.mean((1, 2)))`, (N, dims[-1]), which
     `pool` gives here. `forward_intermediates` gives the maps of all stages, for dense tasks.
+
+    `pretrained_cfg` is what `timm.data.resolve_model_data_config(model)` reads: size, crop, mean and std of images.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class MambaOut(Stages):
         self._buildable = norm_layer is LAYER_NORM and act_name is not None
         self.in_chans, self.num_classes = in_chans, num_classes
         self.depths, self.dims = depths, dims
+        self.pretrained_cfg = pretrained_cfg(in_chans=in_chans)
         self.num_features = dims[-1]
         self.head_hidden_size = HEAD_RATIO * dims[-1]
         self.feature_info = [
@@ -212,7 +216,9 @@ def create_model(name: str, **overrides: Any) -> MambaOut:
     Raises ValueError for an unknown name, TypeError for an unknown argument; both tell the closest and the allowed.
     """
     _check_choice("name", name, VARIANTS)
-    return MambaOut(**{**asdict(VARIANTS[name]), **overrides})
+    model = MambaOut(**{**asdict(VARIANTS[name]), **overrides})
+    model.pretrained_cfg = pretrained_cfg(name, in_chans=model.in_chans)
+    return model
 
 
 def _check_choice(argument: str, value: str, allowed: Any) -> None:

@@ -10,21 +10,11 @@ from typing import Any
 import torch
 
 from ..models import VARIANTS, MambaOut, create_model
+from ..models.pretrained_cfg import PRETRAINED, pretrained_cfg
 from .checkpoints import SUFFIXES, check_fit, classes_of, copy_into, describe, read_checkpoint, variants_of
 
-# Tags of the weights that timm publishes as huggingface.co/timm/<variant>.<tag>, its default first.
-HUB_TAGS: dict[str, tuple[str, ...]] = {
-    "mambaout_femto": ("in1k",),
-    "mambaout_kobe": ("in1k",),
-    "mambaout_tiny": ("in1k",),
-    "mambaout_small": ("in1k",),
-    "mambaout_base": ("in1k",),
-    "mambaout_small_rw": ("sw_e450_in1k",),
-    "mambaout_base_short_rw": ("sw_e500_in1k",),
-    "mambaout_base_tall_rw": ("sw_e500_in1k",),
-    "mambaout_base_wide_rw": ("sw_e500_in1k",),
-    "mambaout_base_plus_rw": ("sw_e150_in12k_ft_in1k", "sw_e150_r384_in12k_ft_in1k", "sw_e150_in12k"),
-}
+# The names of all published weights, a variant's default ones before its others.
+PUBLISHED = tuple(f"{variant}.{tag}" for variant, tags in PRETRAINED.items() for tag in tags if tag)
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository or folder has
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FIRST_CONV = "downsample_layers.0.conv1.weight"
@@ -65,7 +55,7 @@ def from_pretrained(
     Takes the memory of the model, which is not made before the file's tensors are found to fit it; that of the file
     only in torch's format before 1.6.
     """
-    named, path = _locate(name_or_path, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
+    named, tag, path = _locate(name_or_path, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
     state_dict = read_checkpoint(path, ema, mmap=True)
     names = [variant or named] if variant or named else variants_of(state_dict)
     if not names:
@@ -90,6 +80,7 @@ def from_pretrained(
     if fresh:
         state_dict |= _classifier(model.state_dict())
     copy_into(model, state_dict, str(path))
+    model.pretrained_cfg = pretrained_cfg(str(names[0]), tag, in_chans)
     return model
 
 
@@ -116,8 +107,8 @@ def adapt_first_conv(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 def _locate(
     name_or_path: str | os.PathLike[str], cache_dir: str | None, local_files_only: bool
-) -> tuple[str | None, Path]:
-    """(variant if the name tells it, file)."""
+) -> tuple[str | None, str | None, Path]:
+    """(variant and tag if the name tells them, file)."""
     name = os.fspath(name_or_path)
     if not isinstance(name_or_path, str) or os.path.exists(name) or Path(name).suffix in SUFFIXES:
         path = Path(name)
@@ -125,22 +116,28 @@ def _locate(
             found = [path / file for file in HUB_FILES if (path / file).is_file()]
             if not found:
                 raise FileNotFoundError(f"name_or_path: folder {path} holds none of {', '.join(HUB_FILES)}")
-            return None, found[0]
-        return None, path
+            return None, None, found[0]
+        return None, None, path
     prefix = next((p for p in _HUB_PREFIXES if name.startswith(p)), None)
     if prefix is not None:
-        return None, _fetch(name.removeprefix(prefix), cache_dir, local_files_only)
-    variant, _, tag = name.partition(".")
-    tags = HUB_TAGS.get(variant, ())
-    if not tags or (tag and tag not in tags):
-        allowed = [f"{variant}.{tag}" for variant, tags in HUB_TAGS.items() for tag in tags]
-        match = get_close_matches(name, [*VARIANTS, *allowed], n=1)
+        repository = name.removeprefix(prefix)
+        return *_published(repository.removeprefix("timm/")), _fetch(repository, cache_dir, local_files_only)
+    variant, tag = _published(name)
+    if variant is None:
+        match = get_close_matches(name, [*VARIANTS, *PUBLISHED], n=1)
         hint = f" (did you mean {match[0]!r}?)" if match else ""
         raise ValueError(
             f"name_or_path: {name!r} is no file, and no pretrained variant{hint}; allowed: a file or folder, "
-            f"hf-hub:owner/name, or {', '.join(allowed)}"
+            f"hf-hub:owner/name, or {', '.join(PUBLISHED)}"
         )
-    return variant, _fetch(f"timm/{variant}.{tag or tags[0]}", cache_dir, local_files_only)
+    return variant, tag, _fetch(f"timm/{variant}.{tag}", cache_dir, local_files_only)
+
+
+def _published(name: str) -> tuple[str | None, str | None]:
+    """(variant, tag) of "mambaout_tiny" or "mambaout_tiny.in1k"; None of other names."""
+    variant, _, tag = name.partition(".")
+    full = next((full for full in PUBLISHED if full == name or (not tag and full.startswith(f"{variant}."))), None)
+    return (variant, full.partition(".")[2]) if full else (None, None)
 
 
 def _fetch(repository: str, cache_dir: str | None, local_files_only: bool) -> Path:

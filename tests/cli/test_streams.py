@@ -58,7 +58,7 @@ def test_output_that_is_closed(argv, capsys, monkeypatch):
 
 def test_progress_that_nobody_can_read(capsys, closed_pipe, monkeypatch):
     case = check.Case("small", N=1, H=2, W=2, D=4, C=2, K=3, act="gelu", dtype="fp32")
-    monkeypatch.setattr(check, "find_cases", lambda *_: [case])
+    monkeypatch.setattr(check, "find_cases", lambda *_: [case, case])
     monkeypatch.setattr(sys, "stderr", closed_pipe)
     assert main(["check", *REFERENCE]) == 141
     monkeypatch.setattr(sys, "stderr", None)

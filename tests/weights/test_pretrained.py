@@ -7,7 +7,7 @@ import torch
 import mambaout_kernels as mk
 from mambaout_kernels.models import VARIANTS, create_model
 from mambaout_kernels.weights.checkpoints import to_timm
-from mambaout_kernels.weights.pretrained import HUB_TAGS, adapt_first_conv, from_pretrained
+from mambaout_kernels.weights.pretrained import PUBLISHED, adapt_first_conv, from_pretrained
 
 
 def random_model(name="test_mambaout", **overrides):
@@ -110,9 +110,22 @@ def test_a_hub_file_of_another_variant_is_refused(model, tmp_path):
 
 def test_hub_names_are_timms():
     cfgs = pytest.importorskip("timm.models.mambaout").default_cfgs
-    theirs = {name: tuple(c.tags) for name, c in cfgs.items() if c.is_pretrained}
-    assert theirs == HUB_TAGS
-    assert set(HUB_TAGS) == set(VARIANTS) - {"test_mambaout"}
+    theirs = [f"{name}.{tag}" for name, c in cfgs.items() if c.is_pretrained for tag in c.tags]
+    assert sorted(theirs) == sorted(PUBLISHED)
+    assert {name.partition(".")[0] for name in PUBLISHED} == set(VARIANTS) - {"test_mambaout"}
+
+
+@pytest.mark.parametrize(("tag", "size"), [("sw_e150_in12k_ft_in1k", 224), ("sw_e150_r384_in12k_ft_in1k", 384)])
+def test_a_model_knows_how_images_are_prepared_for_its_weights(tag, size, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setitem(VARIANTS, "mambaout_base_plus_rw", VARIANTS["test_mambaout"])
+    model = create_model("test_mambaout")
+    name = f"mambaout_base_plus_rw.{tag}"
+    fill_cache(tmp_path, f"timm/{name}", "model.safetensors", to_timm(model.state_dict()))
+    for asked in (name, f"hf-hub:timm/{name}"):
+        found = from_pretrained(asked, cache_dir=tmp_path, local_files_only=True, in_chans=1).pretrained_cfg
+        assert (found["architecture"], found["tag"]) == ("mambaout_base_plus_rw", tag)
+        assert found["input_size"] == (1, size, size)
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 3, 4, 7])
