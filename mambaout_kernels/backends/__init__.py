@@ -178,6 +178,12 @@ def preferred(device_type: str) -> str:
     return _CANDIDATES[device_type][0] if available and len(_CANDIDATES[device_type]) == 1 else "reference"
 
 
+def has_kernels(device_type: str) -> bool:
+    """Whether something other than the reference may run calls on this type of device, for all that is forced."""
+    name = forced()
+    return name != "reference" if name is not None else _no_kernels.get(device_type, "none") is None
+
+
 def uses_reference(device_type: str) -> bool:
     """Whether calls on this type of device run as plain PyTorch.
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     crop = cfg.get("test_crop_pct" if size == cfg["test_input_size"][1] else "crop_pct", cfg["crop_pct"])
     fast = optimize_for_inference(model.eval(), dtype=DTYPES[args.dtype])
     names = _class_names(model.num_classes)
-    results = []
+    results: list[dict[str, Any]] = []
     with progress(len(paths)) as step:
         for path in paths:
             step(path)

@@ -126,7 +126,7 @@ def show_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], Any]]:
-    """Yields a function to call with the name of each of `total` steps before it starts; shown on stderr, but of one."""
+    """Yields a function to call with the name of each of `total` steps before it starts; of several, on stderr."""
     if total < 2:
         yield lambda step: None
         return

@@ -26,7 +26,7 @@ from .causal import CausalConv2d
 from .eligibility import gated_dwconv_reason
 from .layers import DropPath, LayerScale
 from .linear import linear, norm_linear
-from .plain import activation_name, is_plain, is_plain_layer_norm, is_plain_linear
+from .plain import activation_name, all_have_hooks, is_plain, is_plain_layer_norm, is_plain_linear
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -138,7 +138,7 @@ class FusedGatedCNNBlock(nn.Module):
         """act(g) * concat(i, conv(c)), (N, H, W, 2 * hidden) to (N, H, W, hidden); `zeros`: see `aligned`."""
         reason = self.unfused_reason() if zeros is None else None
         if reason is not None:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not all_have_hooks():
                 _warn_once(self._unfused_warning(reason))
             g, i, c = u.split(self.split_indices, dim=-1)
             c = self.conv(c.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -200,7 +200,9 @@ class FusedGatedCNNBlock(nn.Module):
 
     def extra_repr(self) -> str:
         hidden, _, conv_channels = self.split_indices
-        text = f"dim={self.dim}, hidden={hidden}, conv_channels={conv_channels}, fused={self.unfused_reason() is None}"
+        device = next((p.device.type for p in self.parameters()), "cpu")
+        fused = self.unfused_reason() is None and backends.has_kernels(device)
+        text = f"dim={self.dim}, hidden={hidden}, conv_channels={conv_channels}, fused={fused}"
         return f"{text}, recompute=True" if self.recompute else text
 
 

@@ -32,9 +32,14 @@ def has_hooks(module: nn.Module) -> bool:
         return True
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
-    if _any_global_hook is None or _any_global_hook():
+    if all_have_hooks():
         return True
     return nn.Module.__call__ is not _call and not torch.compiler.is_compiling()  # exporters replace it, too
+
+
+def all_have_hooks() -> bool:
+    """Whether there are hooks of all modules, as of tools that watch a model: FlopCounterMode, profilers."""
+    return _any_global_hook is None or bool(_any_global_hook())
 
 
 def watched() -> bool:

@@ -391,6 +391,10 @@ def test_repr():
     text = repr(FusedGatedCNNBlock(96, drop_path=0.1))
     assert "dim=96, hidden=256, conv_channels=96, fused=True" in text
     assert "drop_prob=0.100" in text
+    with backends.force("reference"):
+        assert "fused=False" in repr(FusedGatedCNNBlock(96))
+    with torch.device("meta"):
+        assert "fused=False" in repr(FusedGatedCNNBlock(96))
 
 
 @pytest.mark.parametrize(
