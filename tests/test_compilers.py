@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import mambaout_kernels as mk
 from mambaout_kernels import patch
+from mambaout_kernels.backends import cpu
 from mambaout_kernels.integrations.export import plain_aten, to_onnx
 from mambaout_kernels.models import create_model
 
@@ -184,7 +186,10 @@ def test_onnx(kind, tmp_path):
     keys = list(model.state_dict())
     to_onnx(model, tmp_path / "model.onnx", images())
     assert list(model.state_dict()) == keys
-    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert {node.domain for node in graph.node} == {""}
+    assert axes(graph.input) == {"images": ["batch", 3, "height", "width"]}
+    assert axes(graph.output) == {"logits": ["batch", 3]}
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for size in ((2, 64, 64), (1, 96, 70), (5, 33, 35)):
         [y] = session.run(None, {"images": images(*size).numpy()})
@@ -192,7 +197,31 @@ def test_onnx(kind, tmp_path):
             assert_close(torch.from_numpy(y), model(images(*size)))
 
 
+def axes(values) -> dict[str, list]:
+    """Of each value of a graph, the sizes, or their names."""
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+def test_onnx_by_torchs_own_function():
+    pytest.importorskip("onnxscript")
+    model = make().eval()
+    program = torch.onnx.export(model, (images(),), dynamo=True)
+    assert {node.domain for node in program.model.graph} == {""}
+    with torch.no_grad():
+        [y] = program(images(2, seed=4))
+        assert_close(y, model(images(2, seed=4)))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the compiled CPU kernels")
+def test_onnx_of_an_inference_model_is_refused_with_what_to_do(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="export the model that it was made from"):
+        to_onnx(mk.optimize_for_inference(make()), tmp_path / "a.onnx")
+
+
 def test_onnx_refuses(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match=r"model must not be bfloat16.*export it in float32"):
+        to_onnx(make().eval().bfloat16(), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         to_onnx(make().train(), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match=r"example must be .* got \(1, 3, 64, 64\)"):
