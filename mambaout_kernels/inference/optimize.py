@@ -59,6 +59,8 @@ def optimize_for_inference(
     An optimized model is safe to call from several threads at once, and can be pickled, deep-copied, forked, compiled
     and exported. The copy's weights are in memory beside the original's until that is dropped.
     """
+    from ..ops import flops  # noqa: F401 - here: it imports triton
+
     if isinstance(model, InferenceModel):
         raise TypeError("model must not be an InferenceModel: it is optimized already")
     if not isinstance(model, nn.Module):

@@ -1,5 +1,8 @@
 """FlopCounterMode counts our ops as PyTorch's modules in their place."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -7,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import mambaout_kernels as mk
 from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
+from mambaout_kernels.ops import flops  # noqa: F401
 
 OPS = torch.ops.mambaout_kernels
 needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the compiled CPU kernels")
@@ -27,6 +31,18 @@ def timms(name, size, training=False):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=10).train(training)
     return counted(model if not training else lambda x: model(x).sum().backward(), torch.randn(2, 3, size, size))
+
+
+def test_an_optimized_model_is_counted_without_an_import():
+    code = """
+import torch, mambaout_kernels as mk
+from torch.utils.flop_counter import FlopCounterMode
+fast = mk.optimize_for_inference(mk.create_model("test_mambaout").eval())
+with FlopCounterMode(display=False) as counter:
+    fast(torch.randn(1, 3, 64, 64))
+assert counter.get_total_flops() > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["mambaout_femto", "test_mambaout", "mambaout_base_plus_rw"])
