@@ -1,17 +1,20 @@
 """From a cell to rows of results, one per contender."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import backends
-from . import accuracy, machine, memory, overhead, peers, shapes, stages, workloads
-from .timing import Timing, by_cuda_events, by_host, interleave
-from .workloads import Cell
+from . import accuracy, cold_start, latency, machine, memory, overhead, peers, shapes, stages, workloads
+from .accuracy import Comparison
+from .latency import Load, Requests
+from .timing import Contender, Timing, by_cuda_events, by_host, interleave
+from .workloads import Cell, Workload
 
 Row = dict[str, Any]
 OWN_SHARE = 0.95  # of the time, that a pinned process should have its core
@@ -119,6 +122,23 @@ def _rate(flops: int | None, cell: Cell, seconds: float, peak: dict[str, float])
     return {"flops": flops, "flop_per_s": rate, "peak_share": share}
 
 
+def _checked(cell: Cell, workload: Workload) -> dict[str, Comparison]:
+    """Of ours that could be built, the comparison that is nearest to failing, by name."""
+    names = [name for name in cell.contenders if name in workloads.OWN and name not in workload.failures]
+    return {name: accuracy.worst(workloads.verify(cell, name)) for name in names}
+
+
+def _check(comparison: Comparison) -> Row:
+    details = {f"check_{key}": value for key, value in asdict(comparison).items()}
+    return {"check": comparison.passed, "check_excess": comparison.excess, **details}
+
+
+def _settle(threads: int, names: Iterable[str]) -> Callable[[], object]:
+    """Waits where the threads of another runtime have to go to sleep first."""
+    beside = threads > 1 and any(name in peers.NAMES for name in names)
+    return (lambda: time.sleep(peers.SETTLE_S)) if beside else lambda: None
+
+
 def time_cell(
     cell: Cell,
     threads: int,
@@ -134,14 +154,9 @@ def time_cell(
     it was done elsewhere, and rows have no `check`.
     """
     workload = workloads.build(cell, folder)
-    checked = {
-        name: accuracy.worst(workloads.verify(cell, name))
-        for name in cell.contenders
-        if verify and name in workloads.OWN and name not in workload.failures
-    }
+    checked = _checked(cell, workload) if verify else {}
     flops = stages.problem_flops(workloads.problem(cell)) if cell.mode == "fwd" and cell.device == "cpu" else None
-    beside = threads > 1 and any(name in peers.NAMES for name in cell.contenders)
-    settle: Callable[[], object] = (lambda: time.sleep(peers.SETTLE_S)) if beside else lambda: None
+    settle = _settle(threads, cell.contenders)
     stopwatch = by_cuda_events() if cell.device == "cuda" else by_host()
     with watch:
         timings = interleave(workload.contenders, budget_s, stopwatch=stopwatch, settle=settle)
@@ -156,8 +171,7 @@ def time_cell(
             if name != "naive":  # which is another network
                 row |= _rate(flops, cell, timings[name].median, peak or {})
         if name in checked:
-            row |= {"check": checked[name].passed, "check_excess": checked[name].excess}
-            row |= {f"check_{key}": value for key, value in asdict(checked[name]).items()}
+            row |= _check(checked[name])
             if not checked[name].passed:
                 row["speedup"] = row["speedup_min"] = None
         rows.append(row)
@@ -216,3 +230,55 @@ def overhead_rows(threads: int, budget_s: float) -> list[Row]:
     ours, native = rows
     difference: Row = {key: ours[key] - native[key] for key in ("min_s", "median_s")}
     return [*rows, ours | difference | {"contender": "difference"}]
+
+
+def latency_rows(load: Load, threads: int, budget_s: float, most: int, folder: Path | None) -> list[Row]:
+    """One row per number of clients and contender. One that is wrong has `check` false and no figures."""
+    cell = load.cell
+    workload = workloads.build(cell, folder)
+    checked = _checked(cell, workload)
+    right = [each for each in workload.contenders if each.name not in checked or checked[each.name].passed]
+    rows = []
+    with ExitStack() as stack:
+        servers = {each.name: stack.enter_context(latency.serving(_workers(load, each, folder))) for each in right}
+        for ask in servers.values():
+            latency.drive(ask, load.workers, 0.0, 0)  # warm-up
+        for clients in load.clients:
+            found = latency.take_turns(servers, clients, budget_s, most, _settle(threads, servers))
+            for name in cell.contenders:
+                row = {**_described(cell, threads), "subject": "latency", "clients": clients, "workers": load.workers}
+                row |= {"contender": name, "backend": _backend(cell, name)}
+                row |= _check(checked[name]) if name in checked else {}
+                row |= {"failure": workload.failures[name]} if name in workload.failures else {}
+                row |= _requests(found[name], cell) if name in found else {}
+                rows.append(row)
+    return rows
+
+
+def _workers(load: Load, contender: Contender, folder: Path | None) -> list[Contender]:
+    """One for each worker: calls of ours and of eager share the model, another runtime has a session of each."""
+    if contender.name not in peers.NAMES:
+        return [contender] * load.workers
+    alone = replace(load.cell, contenders=(contender.name,))
+    return [contender, *(workloads.build(alone, folder).contenders[0] for _ in range(1, load.workers))]
+
+
+def _requests(requests: Requests, cell: Cell) -> Row:
+    percentiles = {f"p{percent}_s": latency.percentile(requests.seconds, percent) for percent in latency.PERCENTS}
+    return {**percentiles, "requests": len(requests.seconds), "per_second": requests.per_second * cell.batch}
+
+
+def cold_start_rows(cell: Cell, threads: int, folder: Path) -> list[Row]:
+    """One row per contender. One that is wrong has `check` false and no figures."""
+    rows = []
+    measured = cold_start.measure(cell, threads, folder)
+    for name in cell.contenders:
+        found = measured[name]
+        row = {**_described(cell, threads), "subject": "cold start", "contender": name, "starts": cold_start.STARTS}
+        comparison = found.pop("comparison", None)
+        if comparison is not None:
+            row |= _check(comparison)
+        if comparison is None or comparison.passed:
+            row |= found
+        rows.append(row)
+    return rows

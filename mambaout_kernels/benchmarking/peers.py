@@ -86,21 +86,30 @@ def build(name: str, path: Callable[[], Path], x: Tensor, dtype: str) -> Run:
 def _onnxruntime(path: Callable[[], Path], x: Tensor, dtype: str, threads: int) -> Run:
     if dtype != "fp32":
         raise NotAvailable(f"ONNX Runtime has no {dtype} kernels for the CPU")
-    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between runs, others' turn
-    file = str(path())
-    [taken] = onnx.load(file, load_external_data=False).graph.input
-    for dimension, size in zip(taken.type.tensor_type.shape.dim, x.shape, strict=True):
-        if dimension.dim_param:
-            options.add_free_dimension_override_by_name(dimension.dim_param, size)
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    file = path()
+    for dimension, size in dimensions(file, x).items():
+        options.add_free_dimension_override_by_name(dimension, size)
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def dimensions(file: Path, x: Tensor) -> dict[str, int]:
+    """What the dimensions that the ONNX file leaves open are for `x`, by their names."""
+    import onnx
+
+    [taken] = onnx.load(file, load_external_data=False).graph.input
+    return {
+        dimension.dim_param: size
+        for dimension, size in zip(taken.type.tensor_type.shape.dim, x.shape, strict=True)
+        if dimension.dim_param
+    }
 
 
 def _openvino(path: Callable[[], Path], x: Tensor, dtype: str, threads: int) -> Run:

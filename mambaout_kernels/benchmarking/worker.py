@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .latency import MOST_REQUESTS, Load
 from .shapes import Shape
 from .workloads import Cell
 
 
 @dataclass
 class Job:
-    """Cells to time, to time part by part, and whose memory to measure, on one number of threads."""
+    """On one number of threads: cells to time, whole and by parts, whose memory to measure, to load, to start cold."""
 
     threads: int
     budget_s: float
@@ -26,11 +27,15 @@ class Job:
     parts: list[Cell] = field(default_factory=list)
     memory: list[Cell] = field(default_factory=list)
     overhead: bool = False
+    loads: list[Load] = field(default_factory=list)
+    most_requests: int = MOST_REQUESTS
+    cold_starts: list[Cell] = field(default_factory=list)
     folder: str | None = None  # where exported models are kept for the jobs that follow
 
     @property
     def steps(self) -> int:
-        return len(self.timed) + len(self.parts) + len(self.memory) + int(self.overhead)
+        cells = len(self.timed) + len(self.parts) + len(self.memory) + len(self.cold_starts)
+        return cells + len(self.loads) + int(self.overhead)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -38,12 +43,16 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> "Job":
         content = json.loads(text)
-        for key in ("timed", "parts", "memory"):
-            content[key] = [
-                Cell(**{**cell, "shape": Shape(**cell["shape"]), "contenders": tuple(cell["contenders"])})
-                for cell in content[key]
-            ]
+        for key in ("timed", "parts", "memory", "cold_starts"):
+            content[key] = [_cell(cell) for cell in content[key]]
+        content["loads"] = [
+            Load(_cell(load["cell"]), tuple(load["clients"]), load["workers"]) for load in content["loads"]
+        ]
         return cls(**content)
+
+
+def _cell(content: dict[str, Any]) -> Cell:
+    return Cell(**{**content, "shape": Shape(**content["shape"]), "contenders": tuple(content["contenders"])})
 
 
 def _pin(threads: int) -> int | None:
@@ -64,7 +73,7 @@ def events(job: Job) -> Iterator[dict[str, Any]]:
 
     from . import measure
 
-    pinned = _pin(job.threads)
+    pinned = None if job.loads or job.cold_starts else _pin(job.threads)  # workers need several cores
     torch.set_num_threads(job.threads)
     folder = None if job.folder is None else Path(job.folder)
     watch, peaks = measure.Watch(), measure.Peaks()
@@ -82,6 +91,16 @@ def events(job: Job) -> Iterator[dict[str, Any]]:
     if job.overhead:
         yield {"step": "overhead of a call"}
         yield {"rows": measure.overhead_rows(job.threads, job.budget_s)}
+    for load in job.loads:
+        cell, clients = load.cell, ", ".join(map(str, load.clients))
+        yield {"step": f"latency of {cell.label} {cell.dtype}, batch {cell.batch}, clients: {clients}"}
+        yield {"rows": measure.latency_rows(load, job.threads, job.budget_s, job.most_requests, folder)}
+    if job.loads:
+        disturbances += watch.disturbances(job.threads)
+    for cell in job.cold_starts:
+        yield {"step": f"cold starts of {cell.label} {cell.dtype}"}
+        assert folder is not None
+        yield {"rows": measure.cold_start_rows(cell, job.threads, folder)}
     yield {"pinned": pinned, "disturbances": disturbances, "fma_peak": peaks.best()}
 
 

@@ -235,20 +235,31 @@ def _peer(name: str, cell: Cell, folder: Path) -> Contender:
     Raises:
         peers.NotAvailable: it does not compute in the cell's dtype. ValueError: its output is wrong.
     """
-    plain = replace(cell, dtype="fp32", autocast=False)
-    posed, exact, eager = problem(plain), problem(plain, dtype=torch.float64), problem(cell)
+    posed = problem(in_fp32(cell))
     assert posed.module is not None
     assert posed.x is not None
     module, x = posed.module, posed.x
-    path = f"{cell.subject}-{cell.shape.variant}-{cell.shape.stage}"
-    run = peers.build(name, lambda: peers.export(folder, path, module.eval(), x), x, cell.dtype)
+    run = peers.build(name, lambda: peers.export(folder, export_name(cell), module.eval(), x), x, cell.dtype)
     y = run()[:CHECKED_BATCH].clone()  # a runtime may write over its last output
-    found = accuracy.compare(
-        "y", y.to(_output(cell, eager).dtype), _output(cell, eager), _output(plain, exact), slack=peers.SLACK
-    )
+    eager, exact = references(cell)
+    found = accuracy.compare("y", y.to(eager.dtype), eager, exact, slack=peers.SLACK)
     if not found.passed:
         raise ValueError(f"its output is wrong: {found}")
     return Contender(name, lambda _: run(), context=partial(running, cell, name))
+
+
+def in_fp32(cell: Cell) -> Cell:
+    """The same in fp32: what other runtimes are given, and round themselves."""
+    return replace(cell, dtype="fp32", autocast=False)
+
+
+def export_name(cell: Cell) -> str:
+    return f"{cell.subject}-{cell.shape.variant}-{cell.shape.stage}"
+
+
+def references(cell: Cell) -> tuple[Tensor, Tensor]:
+    """(eager, exact): the first samples' output by eager in the cell's dtype, and in fp64 of what is not rounded."""
+    return _output(cell, problem(cell)), _output(in_fp32(cell), problem(in_fp32(cell), dtype=torch.float64))
 
 
 def _output(cell: Cell, posed: Problem) -> Tensor:
@@ -295,13 +306,18 @@ def build(cell: Cell, folder: Path | None = None) -> Workload:
         for name in cell.contenders:
             try:
                 workload.contenders.append(_built(name, cell, partial_channel, folder or Path(own)))
-            except peers.NotAvailable as reason:
-                workload.failures[name] = f"{NOT_AVAILABLE}: {reason}"
             except Exception as error:
-                if name not in MAY_FAIL and not cell.graph:
+                if not isinstance(error, peers.NotAvailable) and name not in MAY_FAIL and not cell.graph:
                     raise
-                workload.failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                workload.failures[name] = failure(error)
     return workload
+
+
+def failure(error: Exception) -> str:
+    """Why a contender is not there, as results state it."""
+    if isinstance(error, peers.NotAvailable):
+        return f"{NOT_AVAILABLE}: {error}"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def verify(cell: Cell, name: str = "fused") -> list[accuracy.Comparison]:

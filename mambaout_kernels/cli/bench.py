@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..benchmarking import inputs, machine, peers, plot, report, report_parts, shapes, workloads
+from ..benchmarking import inputs, machine, peers, plot, plot_latency, report, report_parts, shapes, workloads
 from ..benchmarking.measure import Row
 from ..benchmarking.run import Outcome, WorkerError
 from ..benchmarking.run import run as run_jobs
 from ..benchmarking.worker import Job
 from ..benchmarking.workloads import Cell
+from . import latency
 from .terminal import (
     UsageError,
     check_writable,
@@ -57,7 +58,12 @@ def add_to(commands: Any) -> None:
         _add_common(command, name)
         if name != "overhead":
             _add_selection(command, name)
+        _add_output(command, name)
         command.set_defaults(run=run)
+    command = subjects.add_parser("latency", help=latency.HELP, description=latency.DESCRIPTION)
+    latency.add_arguments(command)
+    _add_output(command, "latency")
+    command.set_defaults(run=run)
 
 
 def _add_common(command: argparse.ArgumentParser, name: str) -> None:
@@ -68,6 +74,9 @@ def _add_common(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--budget", type=positive_seconds, metavar="SECONDS",
                          default=0.5 if name == "main" else 1.0,
                          help="per comparison, warm-up aside; at least 5 rounds; default: %(default)s")  # fmt: skip
+
+
+def _add_output(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--out", type=Path, metavar="DIR", default=Path("bench-results") if name == "main" else None,
                          help="write NAME.json, .csv and .png there; default: %(default)s")  # fmt: skip
     command.add_argument("--plot", action=argparse.BooleanOptionalAction, default=name != "overhead",
@@ -152,6 +161,9 @@ def _require(args: argparse.Namespace) -> None:
     if args.out is not None:
         for path in _files(args):
             check_writable("--out", path)
+    if args.what == "latency":
+        latency.check(args)
+        return
     cores = len(machine.usable_cores())
     if max(args.threads) > cores:
         raise UsageError(f"--threads {max(args.threads)}: this process may use {cores} cores")
@@ -164,7 +176,7 @@ def _check_memory(jobs: Sequence[Job]) -> None:
     if not hasattr(os, "sysconf"):
         return
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for cell in (cell for job in jobs for cell in (*job.timed, *job.memory)):
+    for cell in (cell for job in jobs for cell in (*job.timed, *job.memory, *(load.cell for load in job.loads))):
         shape = cell.shape
         u = cell.batch * shape.height * shape.width * 2 * shape.hidden * workloads.DTYPES[cell.dtype].itemsize
         if u > available:
@@ -186,6 +198,8 @@ def _device(wanted: str) -> str:
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
+    if args.what == "latency":
+        return latency.jobs(args)
     if args.what == "overhead":
         return [Job(threads, args.budget, overhead=True) for threads in args.threads]
     device = args.device = _device(args.device)
@@ -272,6 +286,7 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
     show_table("memory as a multiple of eager's, over all", *report.memory_summary_table(memory_summary))
     show_table("images per second, by medians", *report.throughput_table(outcome.rows))
     show_table("microseconds per call", *report.overhead_table(outcome.rows))
+    latency.show(outcome.rows)
     wrong = report.red(outcome.rows)
     if wrong:
         print(f"WRONG: in {len(wrong)} comparisons fused is further from fp64 than allowed; they have no speed-up")
@@ -297,7 +312,7 @@ def _write(args: argparse.Namespace, outcome: Outcome, settings: dict[str, Any],
             about = document["machine"]
             hardware = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
             title = f"{hardware}, torch {about['torch']}, {document['created']}"
-            written += [path] * plot.draw(path, _plotted(outcome.rows), title)
+            written += [path] * _draw(args.what, path, outcome.rows, title)
     print("written:", ", ".join(printable(str(path)) for path in written))
 
 
@@ -305,5 +320,7 @@ def _files(args: argparse.Namespace) -> list[Path]:
     return [args.out / f"{args.what}.{suffix}" for suffix in ("json", "csv", "png")[: 2 + args.plot]]
 
 
-def _plotted(rows: Sequence[Row]) -> list[Row]:
-    return report.timed_cells(rows)
+def _draw(what: str, path: Path, rows: Sequence[Row], title: str) -> bool:
+    if what == "latency":
+        return plot_latency.draw(path, rows, title)
+    return plot.draw(path, report.timed_cells(rows), title)
