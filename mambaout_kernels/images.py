@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -11,8 +11,10 @@ from .models.pretrained_cfg import MEAN, STD
 _LONGEST = 4  # times the short side: of a longer picture only the middle is resized
 
 
-def read(path: str | os.PathLike[str], size: int, crop_pct: float = 1.0, squash: bool = False) -> torch.Tensor:
-    """An image file as a normalised (3, size, size): resized (bicubic), the centre cropped.
+def read(
+    path: str | os.PathLike[str] | BinaryIO, size: int, crop_pct: float = 1.0, squash: bool = False
+) -> torch.Tensor:
+    """An image file or its path as a normalised (3, size, size): resized (bicubic), the centre cropped.
 
     The short side is resized to size / crop_pct; with `squash` both sides are.
 
