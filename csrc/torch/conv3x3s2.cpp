@@ -2,6 +2,7 @@
 #include "../cpu/conv3x3s2/arguments.h"
 
 #include "packed.h"
+#include "registration.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -113,20 +114,24 @@ bool runs_packed_conv3x3s2(Tensor packed) {
 }
 
 }  // namespace
+
+void register_conv3x3s2(const std::string& ops_namespace) {
+  register_ops(
+      ops_namespace, "CPU",
+      [](StableLibrary& m) {
+        m.def(
+            "pack_conv3x3s2(Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, bool normed, float "
+            "eps, str act, bool bf16) -> Tensor");
+        m.def("conv3x3s2(Tensor x, Tensor packed, int out_channels, ScalarType dtype) -> Tensor");
+        m.def("repack_conv3x3s2(Tensor packed) -> Tensor");
+        m.def("runs_packed_conv3x3s2(Tensor packed) -> bool");
+      },
+      [](StableLibrary& m) {
+        m.impl("pack_conv3x3s2", TORCH_BOX(&pack_conv3x3s2));
+        m.impl("conv3x3s2", TORCH_BOX(&conv3x3s2));
+        m.impl("runs_packed_conv3x3s2", TORCH_BOX(&runs_packed_conv3x3s2));
+        m.impl("repack_conv3x3s2", TORCH_BOX(&repack_conv3x3s2));
+      });
+}
+
 }  // namespace mambaout_kernels
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
-  m.def(
-      "pack_conv3x3s2(Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, bool normed, float eps, str "
-      "act, bool bf16) -> Tensor");
-  m.def("conv3x3s2(Tensor x, Tensor packed, int out_channels, ScalarType dtype) -> Tensor");
-  m.def("repack_conv3x3s2(Tensor packed) -> Tensor");
-  m.def("runs_packed_conv3x3s2(Tensor packed) -> bool");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CPU, m) {
-  m.impl("pack_conv3x3s2", TORCH_BOX(&mambaout_kernels::pack_conv3x3s2));
-  m.impl("conv3x3s2", TORCH_BOX(&mambaout_kernels::conv3x3s2));
-  m.impl("runs_packed_conv3x3s2", TORCH_BOX(&mambaout_kernels::runs_packed_conv3x3s2));
-  m.impl("repack_conv3x3s2", TORCH_BOX(&mambaout_kernels::repack_conv3x3s2));
-}

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "packed.h"
+#include "registration.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -181,23 +182,27 @@ bool runs_packed_gated_cnn_blocks(Tensor packed) {
 }
 
 }  // namespace
+
+void register_gated_cnn_blocks(const std::string& ops_namespace) {
+  register_ops(
+      ops_namespace, "CPU",
+      [](StableLibrary& m) {
+        m.def(
+            "pack_gated_cnn_block(Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+            "Tensor? conv_weight, Tensor? conv_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? scale, float eps, "
+            "str act, bool bf16) -> Tensor");
+        m.def("gated_cnn_blocks(Tensor x, Tensor packed) -> Tensor");
+        m.def("join_packed(Tensor[] packed) -> Tensor");
+        m.def("repack_gated_cnn_blocks(Tensor packed) -> Tensor");
+        m.def("runs_packed_gated_cnn_blocks(Tensor packed) -> bool");
+      },
+      [](StableLibrary& m) {
+        m.impl("pack_gated_cnn_block", TORCH_BOX(&pack_gated_cnn_block));
+        m.impl("gated_cnn_blocks", TORCH_BOX(&gated_cnn_blocks));
+        m.impl("join_packed", TORCH_BOX(&join_packed));
+        m.impl("runs_packed_gated_cnn_blocks", TORCH_BOX(&runs_packed_gated_cnn_blocks));
+        m.impl("repack_gated_cnn_blocks", TORCH_BOX(&repack_gated_cnn_blocks));
+      });
+}
+
 }  // namespace mambaout_kernels
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
-  m.def(
-      "pack_gated_cnn_block(Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor? "
-      "conv_weight, Tensor? conv_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? scale, float eps, str act, bool "
-      "bf16) -> Tensor");
-  m.def("gated_cnn_blocks(Tensor x, Tensor packed) -> Tensor");
-  m.def("join_packed(Tensor[] packed) -> Tensor");
-  m.def("repack_gated_cnn_blocks(Tensor packed) -> Tensor");
-  m.def("runs_packed_gated_cnn_blocks(Tensor packed) -> bool");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CPU, m) {
-  m.impl("pack_gated_cnn_block", TORCH_BOX(&mambaout_kernels::pack_gated_cnn_block));
-  m.impl("gated_cnn_blocks", TORCH_BOX(&mambaout_kernels::gated_cnn_blocks));
-  m.impl("join_packed", TORCH_BOX(&mambaout_kernels::join_packed));
-  m.impl("runs_packed_gated_cnn_blocks", TORCH_BOX(&mambaout_kernels::runs_packed_gated_cnn_blocks));
-  m.impl("repack_gated_cnn_blocks", TORCH_BOX(&mambaout_kernels::repack_gated_cnn_blocks));
-}

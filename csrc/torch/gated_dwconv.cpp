@@ -6,6 +6,7 @@
 
 #include "../cpu/gated_dwconv/arguments.h"
 #include "gated_dwconv_checks.h"
+#include "registration.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -54,16 +55,20 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
 }
 
 }  // namespace
+
+void register_gated_dwconv(const std::string& ops_namespace) {
+  register_ops(
+      ops_namespace, "CPU",
+      [](StableLibrary& m) {
+        m.def("gated_dwconv_cpu(Tensor u, Tensor weight, Tensor bias, int act) -> Tensor");
+        m.def(
+            "gated_dwconv_backward_cpu(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, Tensor, "
+            "Tensor)");
+      },
+      [](StableLibrary& m) {
+        m.impl("gated_dwconv_cpu", TORCH_BOX(&gated_dwconv));
+        m.impl("gated_dwconv_backward_cpu", TORCH_BOX(&gated_dwconv_backward));
+      });
+}
+
 }  // namespace mambaout_kernels
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
-  m.def("gated_dwconv_cpu(Tensor u, Tensor weight, Tensor bias, int act) -> Tensor");
-  m.def(
-      "gated_dwconv_backward_cpu(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, Tensor, "
-      "Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CPU, m) {
-  m.impl("gated_dwconv_cpu", TORCH_BOX(&mambaout_kernels::gated_dwconv));
-  m.impl("gated_dwconv_backward_cpu", TORCH_BOX(&mambaout_kernels::gated_dwconv_backward));
-}

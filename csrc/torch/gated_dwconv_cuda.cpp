@@ -13,6 +13,7 @@
 #include "../cuda/depthwise.h"
 #include "../cuda/gated_dwconv_cuda.h"
 #include "gated_dwconv_checks.h"
+#include "registration.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -260,24 +261,29 @@ pybind11::dict depthwise_plan(const std::array<std::int64_t, 4>& sizes, int elem
 }
 
 }  // namespace
+
+void register_gated_dwconv_cuda(const std::string& ops_namespace) {
+  register_ops(
+      ops_namespace, "CUDA",
+      [](StableLibrary& m) {
+        m.def("gated_dwconv_cuda(Tensor u, Tensor weight, Tensor bias, int act) -> Tensor");
+        m.def(
+            "gated_dwconv_backward_cuda(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, "
+            "Tensor, Tensor)");
+        m.def("depthwise_cuda(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+      },
+      [](StableLibrary& m) {
+        m.impl("gated_dwconv_cuda", TORCH_BOX(&gated_dwconv));
+        m.impl("gated_dwconv_backward_cuda", TORCH_BOX(&gated_dwconv_backward));
+        m.impl("depthwise_cuda", TORCH_BOX(&depthwise));
+      });
+}
+
 }  // namespace mambaout_kernels
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
-  m.def("gated_dwconv_cuda(Tensor u, Tensor weight, Tensor bias, int act) -> Tensor");
-  m.def(
-      "gated_dwconv_backward_cuda(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, Tensor, "
-      "Tensor)");
-  m.def("depthwise_cuda(Tensor x, Tensor weight, Tensor bias) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CUDA, m) {
-  m.impl("gated_dwconv_cuda", TORCH_BOX(&mambaout_kernels::gated_dwconv));
-  m.impl("gated_dwconv_backward_cuda", TORCH_BOX(&mambaout_kernels::gated_dwconv_backward));
-  m.impl("depthwise_cuda", TORCH_BOX(&mambaout_kernels::depthwise));
-}
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "Native CUDA kernels of mambaout_kernels.";
+  mambaout_kernels::register_gated_dwconv_cuda(mambaout_kernels::namespace_of(m.attr("__name__").cast<std::string>()));
   m.def("build_info", &mambaout_kernels::build_info, "nvcc, architectures and torch of this build.");
   m.def("launch_plans", &mambaout_kernels::launch_plans, pybind11::arg("sizes"), pybind11::arg("element_bytes"),
         pybind11::arg("multiprocessors"), pybind11::arg("major"),

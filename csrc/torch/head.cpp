@@ -3,6 +3,7 @@
 
 #include "../cpu/head/arguments.h"
 #include "common.h"
+#include "registration.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -82,13 +83,17 @@ Tensor head(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tens
 }
 
 }  // namespace
-}  // namespace mambaout_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
-  m.def(
-      "head(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mid_weight, "
-      "Tensor? mid_bias, Tensor? fc2_weight, Tensor? fc2_bias, float eps, float mid_eps, bool mid_normed, ScalarType "
-      "dtype) -> Tensor");
+void register_head(const std::string& ops_namespace) {
+  register_ops(
+      ops_namespace, "CPU",
+      [](StableLibrary& m) {
+        m.def(
+            "head(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor? "
+            "mid_weight, Tensor? mid_bias, Tensor? fc2_weight, Tensor? fc2_bias, float eps, float mid_eps, bool "
+            "mid_normed, ScalarType dtype) -> Tensor");
+      },
+      [](StableLibrary& m) { m.impl("head", TORCH_BOX(&head)); });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CPU, m) { m.impl("head", TORCH_BOX(&mambaout_kernels::head)); }
+}  // namespace mambaout_kernels

@@ -5,6 +5,7 @@
 
 #include "../cpu/linear/arguments.h"
 #include "common.h"
+#include "registration.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -118,16 +119,20 @@ std::tuple<Tensor, Tensor> linear_dweight(Tensor dy, Tensor x) {
 }
 
 }  // namespace
+
+void register_linear(const std::string& ops_namespace) {
+  register_ops(
+      ops_namespace, "CPU",
+      [](StableLibrary& m) {
+        m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool stream_weight=False) -> Tensor");
+        m.def("linear_dx(Tensor dy, Tensor weight) -> Tensor");
+        m.def("linear_dweight(Tensor dy, Tensor x) -> (Tensor, Tensor)");
+      },
+      [](StableLibrary& m) {
+        m.impl("linear", TORCH_BOX(&linear));
+        m.impl("linear_dx", TORCH_BOX(&linear_dx));
+        m.impl("linear_dweight", TORCH_BOX(&linear_dweight));
+      });
+}
+
 }  // namespace mambaout_kernels
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mambaout_kernels, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool stream_weight=False) -> Tensor");
-  m.def("linear_dx(Tensor dy, Tensor weight) -> Tensor");
-  m.def("linear_dweight(Tensor dy, Tensor x) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambaout_kernels, CPU, m) {
-  m.impl("linear", TORCH_BOX(&mambaout_kernels::linear));
-  m.impl("linear_dx", TORCH_BOX(&mambaout_kernels::linear_dx));
-  m.impl("linear_dweight", TORCH_BOX(&mambaout_kernels::linear_dweight));
-}

@@ -1,4 +1,4 @@
-// The Python module: instruction sets, and how this was built. Ops register themselves when it loads.
+// The Python module: ops, instruction sets, and how this was built.
 //
 // libtorch's stable ABI only, in all of this folder: one binary for every torch >= 2.10.
 #include <pybind11/pybind11.h>
@@ -13,6 +13,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/peak/arguments.h"
 #include "common.h"
+#include "registration.h"
 
 namespace mambaout_kernels {
 namespace {
@@ -90,6 +91,12 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using namespace mambaout_kernels;
   m.doc() = "Native CPU kernels of mambaout_kernels.";
+  const std::string ops_namespace = namespace_of(m.attr("__name__").cast<std::string>());
+  register_gated_dwconv(ops_namespace);
+  register_gated_cnn_blocks(ops_namespace);
+  register_conv3x3s2(ops_namespace);
+  register_head(ops_namespace);
+  register_linear(ops_namespace);
   keep_freed_memory();
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
   m.def("fma_flops", &fma_flops, pybind11::arg("bf16"), pybind11::arg("milliseconds"),

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import preferences
+from .namespace import PACKAGE
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "MAMBAOUT_KERNELS_BACKEND"
@@ -43,7 +44,7 @@ def load(name: str) -> Backend:
     """The backend module called `name`; ValueError for an unknown name."""
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
-    package = "mambaout_kernels" if name == "reference" else __name__
+    package = PACKAGE if name == "reference" else __name__
     return cast(Backend, import_module(f"{package}.{name}"))
 
 

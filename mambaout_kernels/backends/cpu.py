@@ -1,24 +1,24 @@
 """The compiled CPU kernels (csrc/cpu): AMX, AVX-512, AVX2 or portable, chosen when the module loads."""
 
 import os
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..reference import ACTIVATIONS
+from .namespace import PACKAGE, ops
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _ACT_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 module: ModuleType | None
 try:
-    # Relative, its absence would read as "a circular import".
-    import mambaout_kernels._C as _C
-
-    module, _reason = _C, None
-    _forward = torch.ops.mambaout_kernels.gated_dwconv_cpu.default
-    _backward = torch.ops.mambaout_kernels.gated_dwconv_backward_cpu.default
+    # By `from .. import`, its absence would read as "a circular import".
+    module, _reason = import_module("._C", PACKAGE), None
+    _forward = ops.gated_dwconv_cpu.default
+    _backward = ops.gated_dwconv_backward_cpu.default
 except ImportError as error:
     module = None
     _reason = (

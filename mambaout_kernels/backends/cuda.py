@@ -2,12 +2,14 @@
 
 import functools
 import re
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import ACTIVATIONS
+from .namespace import PACKAGE, ops
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _ACT_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -71,14 +73,8 @@ def _runs_on(device_index: int) -> bool:
 
 @functools.cache
 def _ops() -> tuple[Any, Any, Any]:
-    import mambaout_kernels._C_cuda  # noqa: F401  (registers them; relative, its absence would read as a circular import)
-
-    native = torch.ops.mambaout_kernels
-    return (
-        native.gated_dwconv_cuda.default,
-        native.gated_dwconv_backward_cuda.default,
-        native.depthwise_cuda.default,
-    )
+    import_module("._C_cuda", PACKAGE)  # registers them
+    return ops.gated_dwconv_cuda.default, ops.gated_dwconv_backward_cuda.default, ops.depthwise_cuda.default
 
 
 def supports(u: Tensor, weight: Tensor) -> bool:

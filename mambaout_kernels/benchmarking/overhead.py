@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.namespace import ops
 from ..ops import gated_dwconv
 from .timing import Contender
 
@@ -24,7 +25,7 @@ def contenders() -> list[Contender]:
     if reason is not None:
         raise RuntimeError(f"the overhead is measured over the compiled CPU op: {reason}")
     u, weight, bias = torch.randn(1, 1, 1, 2), torch.randn(1, 1, 7, 7), torch.randn(1)
-    native = torch.ops.mambaout_kernels.gated_dwconv_cpu.default
+    native = ops.gated_dwconv_cpu.default
     calls = {
         "gated_dwconv": lambda: gated_dwconv(u, weight, bias, "gelu"),
         "native": lambda: native(u, weight, bias, 0),

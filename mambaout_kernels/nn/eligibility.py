@@ -45,7 +45,7 @@ def _differs(name: str, module: nn.Module, wanted: str) -> str:
     if has_hooks(module):
         return f"{name} has hooks"
     kind = type(module)
-    own = kind.__module__.partition(".")[0] in ("torch", "mambaout_kernels")
+    own = kind.__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
     return f"{name} is a {kind.__qualname__ if own else f'{kind.__module__}.{kind.__qualname__}'}, not {wanted}"
 
 

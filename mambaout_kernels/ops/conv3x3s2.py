@@ -5,15 +5,12 @@
 csrc/torch/conv3x3s2.cpp defines the op; see gated_cnn_blocks.py for packed tensors.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..backends import cpu
 from ..backends.checks import check_devices
-
-_ops: Any = torch.ops.mambaout_kernels
+from ..backends.namespace import NAMESPACE, ops
 
 
 def pack(
@@ -37,17 +34,17 @@ def pack(
     Raises:
         RuntimeError: a wrong shape, dtype or act.
     """
-    return _ops.pack_conv3x3s2(weight, bias, norm_weight, norm_bias, normed, eps, act, bf16)
+    return ops.pack_conv3x3s2(weight, bias, norm_weight, norm_bias, normed, eps, act, bf16)
 
 
 def repack(packed: Tensor) -> Tensor:
     """The same convolution for the instruction set in use, whichever it was packed for."""
-    return _ops.repack_conv3x3s2(packed)
+    return ops.repack_conv3x3s2(packed)
 
 
 def runs(packed: Tensor) -> bool:
     """Whether the instruction set in use is the one that it is packed for."""
-    return bool(_ops.runs_packed_conv3x3s2(packed))
+    return bool(ops.runs_packed_conv3x3s2(packed))
 
 
 def conv3x3s2(x: Tensor, packed: Tensor, out_channels: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +54,7 @@ def conv3x3s2(x: Tensor, packed: Tensor, out_channels: int, dtype: torch.dtype) 
         RuntimeError: a wrong x, out_channels or dtype (float32 or bfloat16, of the result); weights that are damaged,
             or packed for another instruction set.
     """
-    return _ops.conv3x3s2.default(x, packed, out_channels, dtype)
+    return ops.conv3x3s2.default(x, packed, out_channels, dtype)
 
 
 def _fake(x: Tensor, packed: Tensor, out_channels: int, dtype: torch.dtype) -> Tensor:
@@ -66,4 +63,4 @@ def _fake(x: Tensor, packed: Tensor, out_channels: int, dtype: torch.dtype) -> T
 
 
 if cpu.unavailable() is None:
-    torch.library.register_fake("mambaout_kernels::conv3x3s2", _fake)
+    torch.library.register_fake(f"{NAMESPACE}::conv3x3s2", _fake)

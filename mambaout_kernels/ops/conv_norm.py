@@ -9,13 +9,14 @@ from torch import Tensor
 from .. import backends
 from ..backends import triton
 from ..backends.checks import check_beside
+from ..backends.namespace import NAMESPACE, ops
 from ..reference import ACTIVATIONS
 
 WIDEST = 1024  # channels that one program holds
 NARROW_CONV = 128  # output channels up to which the convolution is faster here than in cuDNN
 MOST_PIXELS = 2**31  # of images, which are counted in 32 bits
 
-_library = torch.library.Library("mambaout_kernels", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
     "layer_norm_act(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps, str act) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -133,8 +134,8 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 
 _library.impl("layer_norm_act", _layer_norm_act, "CompositeExplicitAutograd")
-torch.library.register_fake("mambaout_kernels::layer_norm_act", _fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::layer_norm_act", _fake, lib=_library)
 _library.impl("conv3x3s2_norm_act", _conv3x3s2_norm_act, "CompositeExplicitAutograd")
-torch.library.register_fake("mambaout_kernels::conv3x3s2_norm_act", _conv_fake, lib=_library)
-_op = torch.ops.mambaout_kernels.layer_norm_act.default
-_conv_op = torch.ops.mambaout_kernels.conv3x3s2_norm_act.default
+torch.library.register_fake(f"{NAMESPACE}::conv3x3s2_norm_act", _conv_fake, lib=_library)
+_op = ops.layer_norm_act.default
+_conv_op = ops.conv3x3s2_norm_act.default

@@ -8,15 +8,13 @@ instruction set (csrc/torch/packed.h).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import cpu
 from ..backends.checks import check_devices
-
-_ops: Any = torch.ops.mambaout_kernels
+from ..backends.namespace import NAMESPACE, ops
 
 
 def pack(
@@ -46,7 +44,7 @@ def pack(
     Raises:
         RuntimeError: a wrong shape, dtype or act.
     """
-    return _ops.pack_gated_cnn_block(
+    return ops.pack_gated_cnn_block(
         norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias, scale, eps, act,
         bf16,
     )  # fmt: skip
@@ -54,17 +52,17 @@ def pack(
 
 def join(packed: Sequence[Tensor]) -> Tensor:
     """Blocks that run one after the other, as one packed tensor."""
-    return _ops.join_packed(list(packed))
+    return ops.join_packed(list(packed))
 
 
 def repack(packed: Tensor) -> Tensor:
     """The same blocks for the instruction set in use, whichever they were packed for."""
-    return _ops.repack_gated_cnn_blocks(packed)
+    return ops.repack_gated_cnn_blocks(packed)
 
 
 def runs(packed: Tensor) -> bool:
     """Whether the instruction set in use is the one that they are packed for."""
-    return bool(_ops.runs_packed_gated_cnn_blocks(packed))
+    return bool(ops.runs_packed_gated_cnn_blocks(packed))
 
 
 def shapes(packed: Tensor) -> list[tuple[int, ...]]:
@@ -86,7 +84,7 @@ def gated_cnn_blocks(x: Tensor, packed: Tensor) -> Tensor:
     Raises:
         RuntimeError: a wrong x; weights that are damaged, or packed for another instruction set.
     """
-    return _ops.gated_cnn_blocks.default(x, packed)
+    return ops.gated_cnn_blocks.default(x, packed)
 
 
 def _fake(x: Tensor, packed: Tensor) -> Tensor:
@@ -95,4 +93,4 @@ def _fake(x: Tensor, packed: Tensor) -> Tensor:
 
 
 if cpu.unavailable() is None:
-    torch.library.register_fake("mambaout_kernels::gated_cnn_blocks", _fake)
+    torch.library.register_fake(f"{NAMESPACE}::gated_cnn_blocks", _fake)

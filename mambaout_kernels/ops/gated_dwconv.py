@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import backends, reference
 from ..backends.checks import check, check_gradient
+from ..backends.namespace import NAMESPACE, ops
 
-_library = torch.library.Library("mambaout_kernels", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define("gated_dwconv(Tensor u, Tensor weight, Tensor bias, str act) -> Tensor", tags=_TAGS)
 _library.define(
@@ -139,13 +140,13 @@ def _differentiate_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None,
 
 _library.impl("gated_dwconv", _forward_impl, "CompositeExplicitAutograd")
 _library.impl("gated_dwconv_backward", _backward_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("mambaout_kernels::gated_dwconv", _forward_fake, lib=_library)
-torch.library.register_fake("mambaout_kernels::gated_dwconv_backward", _backward_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::gated_dwconv", _forward_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::gated_dwconv_backward", _backward_fake, lib=_library)
 torch.library.register_autograd(
-    "mambaout_kernels::gated_dwconv", _differentiate_forward, setup_context=_save_forward, lib=_library
+    f"{NAMESPACE}::gated_dwconv", _differentiate_forward, setup_context=_save_forward, lib=_library
 )
 torch.library.register_autograd(
-    "mambaout_kernels::gated_dwconv_backward", _differentiate_backward, setup_context=_save_backward, lib=_library
+    f"{NAMESPACE}::gated_dwconv_backward", _differentiate_backward, setup_context=_save_backward, lib=_library
 )
-_op = torch.ops.mambaout_kernels.gated_dwconv.default
-_backward_op = torch.ops.mambaout_kernels.gated_dwconv_backward.default
+_op = ops.gated_dwconv.default
+_backward_op = ops.gated_dwconv_backward.default

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..backends import cpu
 from ..backends.checks import check_devices
-
-_ops: Any = torch.ops.mambaout_kernels
+from ..backends.namespace import NAMESPACE, ops
 
 
 def head(
@@ -42,7 +41,7 @@ def head(
     Raises:
         RuntimeError: a wrong shape or dtype.
     """
-    return _ops.head.default(
+    return ops.head.default(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, mid_weight, mid_bias, fc2_weight, fc2_bias, eps, mid_eps,
         mid_normed, dtype,
     )  # fmt: skip
@@ -56,4 +55,4 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
 
 
 if cpu.unavailable() is None:
-    torch.library.register_fake("mambaout_kernels::head", _fake)
+    torch.library.register_fake(f"{NAMESPACE}::head", _fake)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .. import backends
 from ..backends import cpu
 from ..backends.checks import check_devices
+from ..backends.namespace import NAMESPACE, ops
 
 if cpu.unavailable() is not None:  # else csrc/torch/linear.cpp defines them
-    _library = torch.library.Library("mambaout_kernels", "FRAGMENT")
+    _library = torch.library.Library(NAMESPACE, "FRAGMENT")
     _library.define("linear(Tensor x, Tensor weight, Tensor? bias, bool stream_weight=False) -> Tensor")
     _library.define("linear_dx(Tensor dy, Tensor weight) -> Tensor")
     _library.define("linear_dweight(Tensor dy, Tensor x) -> (Tensor, Tensor)")
@@ -76,11 +77,11 @@ for _name, _fake, _differentiate in (
     ("linear_dx", _linear_dx_fake, _differentiate_dx),
     ("linear_dweight", _linear_dweight_fake, _differentiate_dweight),
 ):
-    torch.library.register_fake(f"mambaout_kernels::{_name}", _fake)
-    torch.library.register_autograd(f"mambaout_kernels::{_name}", _differentiate, setup_context=_save)
-_linear_op = torch.ops.mambaout_kernels.linear.default
-_linear_dx_op = torch.ops.mambaout_kernels.linear_dx.default
-_linear_dweight_op = torch.ops.mambaout_kernels.linear_dweight.default
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _differentiate, setup_context=_save)
+_linear_op = ops.linear.default
+_linear_dx_op = ops.linear_dx.default
+_linear_dweight_op = ops.linear_dweight.default
 
 
 _PLAIN = (Tensor, nn.Parameter)

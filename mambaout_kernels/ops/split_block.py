@@ -17,11 +17,12 @@ from torch import Tensor
 from .. import backends, reference
 from ..backends import cuda, triton
 from ..backends.checks import check_beside, check_parameters
+from ..backends.namespace import NAMESPACE, ops
 
 _LONGEST_ROW = 2**24  # elements, of W * C
 NARROW = 256  # a program keeps x's and out's channels of its pixels
 
-_library = torch.library.Library("mambaout_kernels", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
     "split_gated_cnn_block(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
     "Tensor conv_weight, Tensor conv_bias, Tensor taps, Tensor fc2_weight, Tensor fc2_bias, Tensor? scale, "
@@ -158,5 +159,5 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 
 _library.impl("split_gated_cnn_block", _split_gated_cnn_block, "CompositeExplicitAutograd")
-torch.library.register_fake("mambaout_kernels::split_gated_cnn_block", _fake, lib=_library)
-_op = torch.ops.mambaout_kernels.split_gated_cnn_block.default
+torch.library.register_fake(f"{NAMESPACE}::split_gated_cnn_block", _fake, lib=_library)
+_op = ops.split_gated_cnn_block.default

@@ -100,16 +100,11 @@ AOTITorchError current_stream(std::int32_t device, void** stream) {
 // --- libtorch ---
 extern "C" {
 
-decltype(aoti_torch_library_init_fragment) __real_aoti_torch_library_init_fragment;
-AOTITorchError __wrap_aoti_torch_library_init_fragment(const char*, const char* file, std::uint32_t line,
-                                                       TorchLibraryHandle* result) {
-  return __real_aoti_torch_library_init_fragment("mambaout_kernels_stand_in", file, line, result);
-}
 decltype(aoti_torch_library_init_impl) __real_aoti_torch_library_init_impl;
-AOTITorchError __wrap_aoti_torch_library_init_impl(const char*, const char* key, const char* file, std::uint32_t line,
-                                                   TorchLibraryHandle* result) {
+AOTITorchError __wrap_aoti_torch_library_init_impl(const char* ops_namespace, const char* key, const char* file,
+                                                   std::uint32_t line, TorchLibraryHandle* result) {
   const char* const ours = std::strcmp(key, "CUDA") == 0 ? "CPU" : "Meta";
-  return __real_aoti_torch_library_init_impl("mambaout_kernels_stand_in", ours, file, line, result);
+  return __real_aoti_torch_library_init_impl(ops_namespace, ours, file, line, result);
 }
 
 AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle tensor, std::int32_t* type) {

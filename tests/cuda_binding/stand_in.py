@@ -21,6 +21,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
 UNITS = ("forward.cu", "backward.cu", "depthwise.cu")
+NAMESPACE = "mambaout_kernels_stand_in"  # beside those of a compiled module
 
 
 def missing() -> str | None:
@@ -63,15 +64,25 @@ def _build() -> Path:
     return library
 
 
+def _import(library: Path) -> None:
+    """Registers its ops, in the namespace of the package that the module is said to be in."""
+    spec = importlib.util.spec_from_file_location(f"{NAMESPACE}._C_cuda", library)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 class StandIn:
     """The library, once loaded: its ops, and what they called."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(_build()))
+        library = _build()
+        _import(library)
+        self._library = ctypes.CDLL(str(library))
         self._library.stand_in_begin.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64, ctypes.c_char_p]
         self._library.stand_in_put.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_int]
         self._library.stand_in_calls.restype = ctypes.c_char_p
-        ops = torch.ops.mambaout_kernels_stand_in
+        ops = getattr(torch.ops, NAMESPACE)
         self.ops = (
             ops.gated_dwconv_cuda.default,
             ops.gated_dwconv_backward_cuda.default,
