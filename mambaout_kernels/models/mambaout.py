@@ -19,6 +19,7 @@ from ..nn.block import LAYER_NORM, FusedGatedCNNBlock, refuse_unknown
 from ..nn.downsample import Downsample, Stem
 from ..nn.head import Head
 from .features import Stages
+from .hub import HubModel
 from .pretrained_cfg import pretrained_cfg
 
 ACTIVATION_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -64,7 +65,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-class MambaOut(Stages):
+class MambaOut(Stages, HubModel):
     """MambaOut image classifier: (N, in_chans, H, W) of any size to (N, num_classes), in any floating dtype.
 
     Args:

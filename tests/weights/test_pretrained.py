@@ -256,7 +256,7 @@ def test_a_broken_file_is_refused(tmp_path, model):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mambaout_tinny", ["did you mean 'mambaout_tiny'", "hf-hub:owner/name", "mambaout_tiny.in1k"]),
+        ("mambaout_tinny", ["did you mean 'mambaout_tiny'", "owner/name of the hub", "mambaout_tiny.in1k"]),
         ("mambaout_tiny.in22k", ["did you mean 'mambaout_tiny", "mambaout_tiny.in1k"]),
         ("test_mambaout", ["no pretrained variant", "mambaout_femto.in1k"]),
     ],
