@@ -1,7 +1,7 @@
 """Fused kernels for MambaOut (CVPR 2025, arXiv 2405.07992): the Gated CNN block and its models."""
 
 from . import interrupt  # isort: skip  # noqa: F401 - before torch is imported
-from . import backends
+from . import backends, layers
 from .inference import InferenceModel, load_inference_model, optimize_for_inference
 from .integrations import patch, unpatch
 from .models import VARIANTS, MambaOut, create_model
@@ -20,6 +20,7 @@ __all__ = [
     "create_model",
     "from_pretrained",
     "gated_dwconv",
+    "layers",
     "load_inference_model",
     "optimize_for_inference",
     "patch",

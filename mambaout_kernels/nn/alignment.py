@@ -52,7 +52,7 @@ def aligned(block: GatedCNNBlock, x: Tensor) -> tuple[nn.Module | Weights, nn.Mo
         return block.fc1, block.fc2, None
     fc1, fc2 = (_cast(fc, low) for fc in plain)
     gates = [(identity, after_i), (conv_channels, after_c)]
-    zeros = fc1.weight.new_zeros(max(after_i, after_c), block.dim)
+    zeros = fc1.weight.new_zeros(max(after_i, after_c), fc1.weight.shape[1])
     weight = spread(fc1.weight, 2 * gates, zeros)
     bias = None if fc1.bias is None else spread(fc1.bias, 2 * gates, zeros[:, 0])
     return Weights(weight, bias), Weights(spread(fc2.weight, gates, zeros.t(), dim=1), fc2.bias), after_c
@@ -68,7 +68,7 @@ def _plain_weights(block: GatedCNNBlock) -> tuple[Weights, Weights] | None:
     one, two = linear_weights(block.fc1), linear_weights(block.fc2)
     if one is None or two is None or gated_dwconv_reason(block) is not None:
         return None
-    hidden, dim = block.split_indices[0], block.dim
+    hidden, dim = block.split_indices[0], two.weight.shape[0]
     fits = one.weight.shape == (2 * hidden, dim) and two.weight.shape == (dim, hidden)
     return (one, two) if fits and one.weight.dtype == two.weight.dtype else None
 

@@ -23,7 +23,7 @@ from ..backends.checks import MAX_KERNEL_SIZE
 from ..ops import gated_dwconv
 from .alignment import aligned, with_zeros
 from .causal import CausalConv2d
-from .eligibility import gated_dwconv_reason
+from .eligibility import GatedCNNBlock, gated_dwconv_reason
 from .layers import DropPath, LayerScale
 from .linear import linear, norm_linear
 from .plain import activation_name, all_have_hooks, is_plain, is_plain_layer_norm, is_plain_linear
@@ -119,7 +119,7 @@ class FusedGatedCNNBlock(nn.Module):
         self.ls: nn.Module = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         if self.op_act is None:
-            _warn_once(self._unfused_warning(str(self.unfused_reason())))
+            _warn_once(_unfused_warning(str(self.unfused_reason())))
 
     @property
     def op_act(self) -> str | None:
@@ -130,66 +130,16 @@ class FusedGatedCNNBlock(nn.Module):
         """Why forward composes PyTorch calls instead of running the fused op; None when it runs the op."""
         return gated_dwconv_reason(self)
 
-    @staticmethod
-    def _unfused_warning(reason: str) -> str:
-        return f"FusedGatedCNNBlock runs as separate PyTorch operations: {reason}"
-
-    def _gated_dwconv(self, u: torch.Tensor, zeros: int | None) -> torch.Tensor:
-        """act(g) * concat(i, conv(c)), (N, H, W, 2 * hidden) to (N, H, W, hidden); `zeros`: see `aligned`."""
-        reason = self.unfused_reason() if zeros is None else None
-        if reason is not None:
-            if not torch.compiler.is_compiling() and not all_have_hooks():
-                _warn_once(self._unfused_warning(reason))
-            g, i, c = u.split(self.split_indices, dim=-1)
-            c = self.conv(c.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return self.act(g) * torch.cat((i, c), dim=-1)
-        conv: Any = self.conv
-        if self.split_indices[2] == 0:
-            weight, bias = u.new_empty(0, 1, 1, 1), u.new_empty(0)
-        else:
-            weight, bias = conv.filter() if type(conv) is CausalConv2d else conv.weight, conv.bias
-            if weight.dtype not in (u.dtype, torch.float32) and torch.is_autocast_enabled(u.device.type):
-                weight, bias = weight.to(u.dtype), bias.to(u.dtype)  # as autocast does for conv2d
-        if zeros:
-            weight, bias = with_zeros(weight, zeros), with_zeros(bias, zeros)
-        return gated_dwconv(u, weight, bias, str(self.op_act))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4 or x.shape[-1] != self.dim or not x.is_floating_point():
             raise ValueError(
                 f"x must be (N, H, W, {self.dim}), channels last, floating point; got {tuple(x.shape)} of {x.dtype}"
             )
         if self.recompute and self.training and torch.is_grad_enabled():
-            branch = checkpoint(self._branch, x, use_reentrant=False)
+            added = checkpoint(partial(branch, self), x, use_reentrant=False)
         else:
-            branch = self._branch(x)
-        return self.drop_path(branch) + x
-
-    def _branch(self, x: torch.Tensor) -> torch.Tensor:
-        fc1, fc2, zeros = aligned(self, x)
-        if self._compiled_rows(x):
-            u = norm_linear(self.norm, fc1, x.flatten(0, 2)).unflatten(0, x.shape[:3])
-            y = self._gated_dwconv(u, zeros).flatten(0, 2)
-            return self.ls(linear(fc2, y)).unflatten(0, x.shape[:3])
-        u = norm_linear(self.norm, fc1, x)
-        y = self._gated_dwconv(u, zeros)
-        return self.ls(linear(fc2, y))
-
-    def _compiled_rows(self, x: torch.Tensor) -> bool:
-        """Whether to show a compiler rows of pixels around the fused op: it takes what has four dimensions for images
-        of convolutions, and keeps for backward what it transposed (on an H100 a sixth of a training step)."""
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
-            return False
-        if backends.uses_reference(x.device.type) or self.unfused_reason() is not None:
-            return False
-        norm: Any = self.norm
-        return (
-            is_plain(self.ls, nn.Identity, LayerScale)
-            and is_plain_layer_norm(norm)
-            and norm.normalized_shape == (self.dim,)
-            and is_plain_linear(self.fc1)
-            and is_plain_linear(self.fc2)
-        )
+            added = branch(self, x)
+        return self.drop_path(added) + x
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
@@ -204,6 +154,60 @@ class FusedGatedCNNBlock(nn.Module):
         fused = self.unfused_reason() is None and backends.has_kernels(device)
         text = f"dim={self.dim}, hidden={hidden}, conv_channels={conv_channels}, fused={fused}"
         return f"{text}, recompute=True" if self.recompute else text
+
+
+def branch(block: GatedCNNBlock, x: torch.Tensor) -> torch.Tensor:
+    """ls(fc2(y)) of a block, ours or timm's: what it adds to x (N, H, W, dim)."""
+    fc1, fc2, zeros = aligned(block, x)
+    if _compiled_rows(block, x):
+        u = norm_linear(block.norm, fc1, x.flatten(0, 2)).unflatten(0, x.shape[:3])
+        y = _gated_dwconv(block, u, zeros).flatten(0, 2)
+        return block.ls(linear(fc2, y)).unflatten(0, x.shape[:3])
+    u = norm_linear(block.norm, fc1, x)
+    y = _gated_dwconv(block, u, zeros)
+    return block.ls(linear(fc2, y))
+
+
+def _gated_dwconv(block: GatedCNNBlock, u: torch.Tensor, zeros: int | None) -> torch.Tensor:
+    """act(g) * concat(i, conv(c)), (N, H, W, 2 * hidden) to (N, H, W, hidden); `zeros`: see `aligned`."""
+    reason = gated_dwconv_reason(block) if zeros is None else None
+    if reason is not None:
+        if not torch.compiler.is_compiling() and not all_have_hooks():
+            _warn_once(_unfused_warning(reason))
+        g, i, c = u.split(block.split_indices, dim=-1)
+        c = block.conv(c.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return block.act(g) * torch.cat((i, c), dim=-1)
+    conv: Any = block.conv
+    if block.split_indices[2] == 0:
+        weight, bias = u.new_empty(0, 1, 1, 1), u.new_empty(0)
+    else:
+        weight, bias = conv.filter() if type(conv) is CausalConv2d else conv.weight, conv.bias
+        if weight.dtype not in (u.dtype, torch.float32) and torch.is_autocast_enabled(u.device.type):
+            weight, bias = weight.to(u.dtype), bias.to(u.dtype)  # as autocast does for conv2d
+    if zeros:
+        weight, bias = with_zeros(weight, zeros), with_zeros(bias, zeros)
+    return gated_dwconv(u, weight, bias, str(activation_name(block.act)))
+
+
+def _compiled_rows(block: GatedCNNBlock, x: torch.Tensor) -> bool:
+    """Whether to show a compiler rows of pixels around the fused op: it takes what has four dimensions for images
+    of convolutions, and keeps for backward what it transposed (on an H100 a sixth of a training step)."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    if backends.uses_reference(x.device.type) or gated_dwconv_reason(block) is not None:
+        return False
+    norm: Any = block.norm
+    return (
+        is_plain(block.ls, nn.Identity, LayerScale)
+        and is_plain_layer_norm(norm)
+        and norm.normalized_shape == x.shape[-1:]
+        and is_plain_linear(block.fc1)
+        and is_plain_linear(block.fc2)
+    )
+
+
+def _unfused_warning(reason: str) -> str:
+    return f"FusedGatedCNNBlock runs as separate PyTorch operations: {reason}"
 
 
 def _checked_widths(dim: int, expansion_ratio: float, conv_ratio: float) -> tuple[int, int]:
