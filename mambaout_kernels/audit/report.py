@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..benchmarking import shapes
+from . import shortfalls
 from .devices import device
 from .record import CompiledKernel
 from .roofline import Prediction, Shape, channel_programs, floor_elements, l2_elements, partial_bytes, predict
@@ -28,6 +29,11 @@ class Entry:
     failures: list[str]
     stages: list[Stage]
 
+    @property
+    def unknown(self) -> list[str]:
+        """Failures beyond those that are known of the shipped kernels."""
+        return shortfalls.unknown(self.row.kernel, self.failures)
+
     def as_dict(self) -> dict[str, Any]:
         kernel, found = self.row.kernel, self.row
         return {
@@ -50,6 +56,7 @@ class Entry:
             "occupancy": found.occupancy,
             "bytes_in_flight": found.bytes_in_flight,
             "failures": self.failures,
+            "known": sorted(set(self.failures) - set(self.unknown)),
             "stages": [
                 {
                     "label": s.label,
@@ -107,6 +114,47 @@ def entry(kernel: CompiledKernel, variant: str = "mambaout_tiny", batch: int = 1
             if s.prediction.share < LEAST_SHARE
         ]
     return Entry(found, broken, stages)
+
+
+SUMMARY_HEADINGS = ("target", "kernel", "compiled", "registers", "spills", "least of DRAM", "gates")
+
+
+def summary_lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """Cells of the short table, under SUMMARY_HEADINGS: a line for each kernel and target."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for e in entries:
+        groups.setdefault((e.row.kernel.target, f"{e.row.kernel.backend} {e.row.kernel.name}"), []).append(e)
+    return [
+        (
+            *key,
+            str(len(group)),
+            str(max(e.row.registers for e in group)),
+            str(max(e.row.spills for e in group)),
+            min((f"{s.prediction.share:.0%}" for e in group for s in e.stages), key=lambda t: int(t[:-1]), default=""),
+            _verdict(group),
+        )
+        for key, group in groups.items()
+    ]
+
+
+def _verdict(group: Sequence[Entry]) -> str:
+    if failed := sum(bool(e.unknown) for e in group):
+        return f"FAILED: {failed} of {len(group)}"
+    known = sum(bool(e.failures) for e in group)
+    return f"pass, {known} known to be short" if known else "pass"
+
+
+def remarks(entries: Sequence[Entry]) -> list[str]:
+    """A sentence for each failure, and for each reason of known ones."""
+    found: dict[str, None] = {}
+    for e in entries:
+        kernel = e.row.kernel
+        name = f"{kernel.target} {kernel.backend} {kernel.name}"
+        for failure in e.failures:
+            why = shortfalls.reason(kernel, failure)
+            text = f"FAILED: {name} {kernel.dtype}: {failure}" if why is None else f"known: {name}: {why}"
+            found.setdefault(text)
+    return list(found)
 
 
 HEADINGS = (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backends import cpu
 from ..models import MambaOut
+from ..models.pretrained_cfg import from_json
 from ..nn.plain import has_hooks
 from ..ops import gated_cnn_blocks
 from ..version import __version__
@@ -127,8 +128,7 @@ def load_inference_model(path: str | os.PathLike[str], model: nn.Module | None =
         described = {name: (str(kind), dict(own)) for name, (kind, own) in json.loads(metadata["modules"]).items()}
         if model is None:
             model = _skeleton(json.loads(metadata["architecture"]), sum(t.nbytes for t in state.values()), dtype)
-            cfg = json.loads(metadata.get("pretrained_cfg", "{}"))
-            model.pretrained_cfg |= {k: tuple(v) if isinstance(v, list) else v for k, v in dict(cfg).items()}
+            model.pretrained_cfg |= from_json(json.loads(metadata.get("pretrained_cfg", "{}")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} holds damaged metadata: {error!r}") from error
     loaded = optimize_for_inference(model, dtype=dtype)
@@ -144,7 +144,8 @@ def _skeleton(architecture: dict[str, Any], held: int, dtype: torch.dtype) -> Ma
         with torch.device("meta"):
             skeleton = MambaOut(**architecture)
         if sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize <= held:
-            return skeleton.to_empty(device="cpu")
+            # As to_empty, which imports a compiler for shapes on the way: seconds.
+            return skeleton._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
     raise ValueError(f"an architecture with more weights than the {held} bytes that there are")
 
 

@@ -19,12 +19,12 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 LIBRARY = {"library_name": "mambaout-kernels"}  # tells such a config from timm's
 _NUMBER = (int, float)
 _MOST = 10**6
-# Of what `architecture` gives, as JSON has it.
+# Of what `architecture` gives, and of pretrained_cfg, as JSON has it.
 _TYPES: dict[str, tuple[type, ...]] = {
     "in_chans": (int,), "num_classes": (int,), "depths": (list,), "dims": (list,), "kernel_size": (int,),
     "expansion_ratio": _NUMBER, "conv_ratio": _NUMBER, "ls_init_value": (*_NUMBER, NoneType),
     "drop_path_rate": _NUMBER, "drop_rate": _NUMBER, "stem_mid_norm": (bool,), "causal": (bool,),
-    "downsample": (str,), "head_fn": (str,), "act_layer": (str,),
+    "downsample": (str,), "head_fn": (str,), "act_layer": (str,), "pretrained_cfg": (dict,),
 }  # fmt: skip
 
 
@@ -33,6 +33,7 @@ class HubModel(nn.Module):
 
     # MambaOut.from_pretrained is mambaout_kernels.from_pretrained, which stands above and sets it.
     from_pretrained: ClassVar[Callable[..., Any]]
+    pretrained_cfg: dict[str, Any]
 
     def architecture(self) -> dict[str, Any] | None:
         raise NotImplementedError
@@ -62,7 +63,7 @@ class HubModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(state, folder / WEIGHTS, {"format": "pt"})
-        config = json.dumps({**LIBRARY, **architecture}, indent=2)
+        config = json.dumps({**LIBRARY, **architecture, "pretrained_cfg": self.pretrained_cfg}, indent=2)
         (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
 
     def push_to_hub(
@@ -99,7 +100,7 @@ class HubModel(nn.Module):
 
 
 def read_config(path: Path, tensors: int) -> dict[str, Any] | None:
-    """Arguments of MambaOut in a config.json beside so many tensors; None where it is of another library.
+    """Arguments of MambaOut, and its pretrained_cfg, in a config.json beside so many tensors; None of another library.
 
     Raises ValueError for a file that is no JSON, and for arguments that are unknown, missing or of a wrong type.
     """

@@ -58,3 +58,8 @@ def pretrained_cfg(variant: str | None = None, tag: str | None = None, in_chans:
     for key in ("input_size", "test_input_size"):
         found[key] = (in_chans, *found[key][1:])
     return found
+
+
+def from_json(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A pretrained_cfg as it was before it became JSON, which has no tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}

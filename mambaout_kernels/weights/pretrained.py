@@ -13,7 +13,7 @@ import torch
 
 from ..models import VARIANTS, MambaOut, create_model
 from ..models.hub import CONFIG, WEIGHTS, read_config
-from ..models.pretrained_cfg import PRETRAINED, pretrained_cfg
+from ..models.pretrained_cfg import PRETRAINED, from_json, pretrained_cfg
 from .checkpoints import SUFFIXES, check_fit, classes_of, copy_into, describe, read_checkpoint, variants_of
 
 # The names of all published weights, a variant's default ones before its others.
@@ -91,9 +91,9 @@ def _maker(path: Path, name: str | None, state_dict: dict[str, torch.Tensor]) ->
         return partial(create_model, name)
     config = path.with_name(CONFIG)
     if path.name in HUB_FILES and config.is_file():
-        architecture = read_config(config, len(state_dict))
-        if architecture is not None:
-            return partial(MambaOut, **architecture)
+        arguments = read_config(config, len(state_dict))
+        if arguments is not None:
+            return partial(_of_config, arguments)
     names = variants_of(state_dict)
     if not names:
         raise ValueError(
@@ -101,6 +101,16 @@ def _maker(path: Path, name: str | None, state_dict: dict[str, torch.Tensor]) ->
             f"create_model(name, ...) and checkpoints.load_into(model, path)"
         )
     return partial(create_model, names[0])
+
+
+def _of_config(arguments: dict[str, Any], **overrides: Any) -> MambaOut:
+    architecture = {key: value for key, value in arguments.items() if key != "pretrained_cfg"}
+    model = MambaOut(**{**architecture, **overrides})
+    size = model.pretrained_cfg["input_size"][:1]  # channels
+    model.pretrained_cfg |= from_json(arguments["pretrained_cfg"])
+    for key in ("input_size", "test_input_size"):
+        model.pretrained_cfg[key] = (*size, *model.pretrained_cfg[key][1:])
+    return model
 
 
 def _classifier(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -49,6 +49,7 @@ def test_round_trip(options, tmp_path, monkeypatch):
         loaded = load(tmp_path / "new" / "folder")
         assert type(loaded) is MambaOut
         assert loaded.architecture() == model.architecture()
+        assert loaded.pretrained_cfg == model.pretrained_cfg
         assert equal(loaded, model)
     x = torch.randn(1, model.in_chans, 64, 64)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
@@ -171,7 +172,7 @@ def test_configs_of_others_are_not_read(config, saved, tmp_path):
 
 
 def test_types_are_those_of_an_architecture():
-    assert hub._TYPES.keys() == create_model("test_mambaout").architecture().keys()
+    assert hub._TYPES.keys() == create_model("test_mambaout").architecture().keys() | {"pretrained_cfg"}
 
 
 @pytest.mark.parametrize("prefix", ["", "hf-hub:"])
