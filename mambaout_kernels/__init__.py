@@ -1,7 +1,10 @@
 """Fused kernels for MambaOut (CVPR 2025, arXiv 2405.07992): the Gated CNN block and its models."""
 
-from . import interrupt  # isort: skip  # noqa: F401 - before torch is imported
-from . import backends, layers
+from . import interrupt  # isort: skip - before torch is imported
+
+with interrupt.errors_are_sentences():  # of the environment
+    from . import backends
+from . import layers
 from .inference import InferenceModel, load_inference_model, optimize_for_inference
 from .integrations import patch, unpatch
 from .models import VARIANTS, MambaOut, create_model

@@ -1,5 +1,7 @@
 """Bars of how many times as fast as eager each contender is: a panel per subject, mode, dtype and number of threads."""
 
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ COLOURS |= {"fused-graphs": "#0f5fa8", "timm-reduce-overhead": "#b5657d"}
 ORDER = ("naive", "eager", "cudnn-benchmark", "timm", "timm-channels-last", "compile", "max-autotune", "timm-compile",
          "timm-reduce-overhead", "onnxruntime", "openvino", "triton", "cuda", "modules", "fused", "fused-graphs",
          "compile-fused")  # fmt: skip
-COLUMNS = 4
+WIDEST = 16.0  # inches
+PER_BAR = 0.27  # inches, of a label above it
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> bool:
@@ -29,32 +32,35 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
-    kinds = list(dict.fromkeys((row["subject"], row["mode"]) for row in rows))  # a line of panels, or several, of each
-    runs = list(dict.fromkeys((precision(row), row["threads"]) for row in rows))
+    panels: dict[tuple[str, str], dict[tuple[str, int], list[Row]]] = {}
+    for row in rows:
+        of_kind = panels.setdefault((row["subject"], row["mode"]), {})
+        of_kind.setdefault((precision(row), row["threads"]), []).append(row)
     names = [name for name in ORDER if any(row["contender"] == name for row in rows)]
-    widest = max(len({(row["label"], row["batch"]) for row in rows if row["subject"] == kind}) for kind, _ in kinds)
-    columns = min(len(runs), COLUMNS if widest <= 4 else COLUMNS // 2)
-    lines_each = -(-len(runs) // columns)
+    groups = [{(r["label"], r["batch"]) for r in members} for found in panels.values() for members in found.values()]
+    widest = max(map(len, groups))
+    panel = max(3.4, widest * (PER_BAR * len(names) + 0.15))
+    most = max(map(len, panels.values()))
+    columns = math.ceil(most / math.ceil(most / max(1, int(WIDEST / panel))))
+    lines = [list(found.items())[i : i + columns] for found in panels.values() for i in range(0, len(found), columns)]
+    kinds = [kind for kind, found in panels.items() for _ in range(0, len(found), columns)]
+    width = 0.8 + panel * columns
     figure, axes = pyplot.subplots(
-        lines_each * len(kinds), columns, squeeze=False, layout="constrained",
-        figsize=(0.8 + max(3.4, 0.85 * widest) * columns, 1.0 + 2.4 * lines_each * len(kinds)),
-    )  # fmt: skip
+        len(lines), columns, squeeze=False, layout="constrained", figsize=(width, 1.2 + 2.4 * len(lines))
+    )
     for ax in axes.flat:
         ax.set_axis_off()
-    for at, (subject, mode) in enumerate(kinds):
-        of_kind = [row for row in rows if (row["subject"], row["mode"]) == (subject, mode)]
-        top = 1.15 * max(row["speedup"] for row in of_kind)
-        for index, (dtype, threads) in enumerate(runs):
-            ax = axes[at * lines_each + index // columns][index % columns]
-            members = [row for row in of_kind if (precision(row), row["threads"]) == (dtype, threads)]
-            if members:
-                _bars(ax, members, names)
-                ax.set_ylim(0, top)
-                ax.set_title(f"{subject} {mode}, {dtype}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
-    figure.suptitle(f"times as fast as eager partial\n{title}", fontsize=10)
+    for line, (subject, mode), of_line in zip(axes, kinds, lines, strict=True):
+        for ax, ((dtype, threads), members) in zip(line, of_line, strict=False):
+            _bars(ax, members, names)
+            ax.set_ylim(0, 1.15 * max(row["speedup"] for row in members))
+            ax.set_title(f"{subject} {mode}, {dtype}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)
+    handles = [Patch(color=COLOURS[name], label=CONTENDERS[name]) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), int(width / 1.9)), frameon=False)
+    what = "times as fast as eager partial; each panel has a scale of its own"
+    figure.suptitle("\n".join(textwrap.fill(text, int(11 * width)) for text in (what, title)), fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
@@ -69,7 +75,7 @@ def _bars(ax: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         found = [at for at, group in enumerate(groups) if group in by_group]
         positions = [at + (index - (len(names) - 1) / 2) * width for at in found]
         heights = [by_group[groups[at]] for at in found]
-        bars = ax.bar(positions, heights, 0.94 * width, label=CONTENDERS[name], color=COLOURS[name])
+        bars = ax.bar(positions, heights, 0.94 * width, color=COLOURS[name])
         if name not in ("naive", "eager"):
             ax.bar_label(bars, fmt="%.2f" if max(heights, default=0) < 3 else "%.1f", fontsize=7, padding=1)
     ax.axhline(1, color="#444444", linewidth=0.7, zorder=0.5)

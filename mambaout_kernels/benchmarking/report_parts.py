@@ -1,10 +1,10 @@
-"""Tables of arithmetic: the parts of a model, and the share of the machine's FMA peak that they reach."""
+"""What a run found in words, and tables of arithmetic: parts of a model, and the share of the machine's FMA peak."""
 
 from collections.abc import Sequence
 
 from . import stages
 from .measure import Row
-from .report import Table, precision
+from .report import Table, precision, summary
 
 
 def peak_text(fma_peak: dict[int, dict[str, float]]) -> str:
@@ -16,6 +16,34 @@ def peak_text(fma_peak: dict[int, dict[str, float]]) -> str:
         figures = ", ".join(f"{dtype} {flops / 1e9:.0f}" for dtype, flops in peaks.items())
         by_threads.append(f"{threads} thread{'s' if threads > 1 else ''}: {figures}")
     return f"FMA peak measured in this run, GFLOP/s: {'; '.join(by_threads)}"
+
+
+_TOLD = {
+    ("model", "fwd"): "the model in inference", ("model", "train"): "a training step of the model",
+    ("block", "fwd"): "a block in inference", ("block", "train"): "a training step of a block",
+    ("op", "fwd"): "the op forward", ("op", "bwd"): "the op backward",
+}  # fmt: skip
+
+
+def conclusions(rows: Sequence[Row]) -> list[str]:
+    """A line for each subject and mode: how many times fused is as fast as eager and naive, on most threads."""
+    found = summary(rows)
+    most = max((row["threads"] for row in found), default=0)
+    lines = []
+    for (subject, mode), name in _TOLD.items():
+        parts = []
+        for over, than in (("eager", "PyTorch"), ("naive", "the naive full-channel block")):
+            figures = [
+                f"{row['speedup_geomean']:.2f} in {precision(row)}"
+                for row in found
+                if (row["subject"], row["mode"], row["over"], row["threads"]) == (subject, mode, over, most)
+                and "speedup_geomean" in row
+            ]
+            if figures:
+                parts.append(f"{' and '.join(figures)} times as fast as {than}")
+        if parts:
+            lines.append(f"{name}: {'; '.join(parts)}")
+    return lines
 
 
 def _share(row: Row) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TextIO
 
-from .. import __version__, interrupt
+from .. import __version__, backends, interrupt
 from .terminal import UsageError, WrongResult, printable
 
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = parser().parse_args(argv)
+            _check_forced(args)
             status: int = args.run(args)
         finally:
             sys.stdout.flush()
@@ -64,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _end(f"error: out of memory: {str(error).partition(chr(10))[0]}".rstrip(": "), 2)
     return status
+
+
+def _check_forced(args: argparse.Namespace) -> None:
+    """UsageError where the environment asks for a backend that cannot be used; info tells of it."""
+    from . import info
+
+    name = backends.forced()
+    reason = None if name is None or args.run is info.run else backends.status()[name]
+    if reason is not None:
+        raise UsageError(f"{backends.ENVIRONMENT_VARIABLE}={name} cannot be used here: {reason}")
 
 
 def _end(text: str, status: int) -> int:

@@ -40,6 +40,12 @@ _HELP = {
     "main": "op, blocks and model on real photographs: what `make bench` runs",
     "overhead": "what a call of the op costs in Python",
 }
+_NEXT = {
+    "main": "`mambaout-kernels bench model` (beside other runtimes, part by part), `bench latency` (under load)",
+    "model": "`mambaout-kernels bench latency` (under load, from a cold start)",
+    "block": "`mambaout-kernels bench model`",
+    "op": "`mambaout-kernels bench block`",
+}
 _DEFAULT_MODES = {"op": ["fwd", "bwd"], "block": ["fwd", "train"], "model": ["fwd"]}
 
 
@@ -135,8 +141,11 @@ def run(args: argparse.Namespace) -> int:
     warnings = machine.unquiet()
     for warning in warnings:
         print(f"warning: not a quiet machine: {warning}", file=sys.stderr)
+    steps = sum(job.steps for job in jobs)
+    if (least := steps * args.budget) > 10:
+        print(f"{steps} steps; the timing alone takes some {least:.0f} s, checks against fp64 as long", file=sys.stderr)
     try:
-        with progress(sum(job.steps for job in jobs)) as step:
+        with progress(steps) as step:
             outcome = run_jobs(jobs, lambda job, text: step(f"{text}, {_threads(job.threads)}"))
     except WorkerError as error:
         reason, _, log = str(error).partition("\n")
@@ -299,6 +308,9 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
         print(f"{workloads.CONTENDERS[name]} {'' if refused else 'failed: '}{failure}")
     for warning in warnings:
         print(f"warning: not a quiet machine: {warning}")
+    if lines := report_parts.conclusions(outcome.rows):
+        print(f"\nIn short, on {device}, {_threads(max(args.threads))}:", *lines, sep="\n  ")
+        print(f"Next: {_NEXT[args.what]}")
 
 
 def _write(args: argparse.Namespace, outcome: Outcome, settings: dict[str, Any], warnings: Sequence[str]) -> None:

@@ -23,8 +23,12 @@ _OPTIONAL = {
     "timm": ("cli", "class names in classify"),
     "pillow": ("cli", "reading images"),
     "safetensors": ("cli", "reading .safetensors"),
+    "huggingface_hub": ("cli", "weights by name"),
     "scikit-image": ("bench", "the photographs that bench runs on"),
     "matplotlib": ("bench", "plots"),
+    "onnxscript": ("export", "ONNX files"),
+    "onnxruntime": ("peers", "a runtime to compare with"),
+    "openvino": ("peers", "a runtime to compare with"),
 }
 
 

@@ -113,15 +113,22 @@ def show_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str
 
     # Text: what comes in brackets is no markup.
     table = Table(title=Text(title, style="bold"), title_justify="left")
-    for heading in headings:
-        table.add_column(Text(heading))
+    least = [_least_width(column) for column in zip(*lines, strict=True)]
+    for heading, width in zip(headings, least, strict=True):
+        table.add_column(Text(heading), min_width=width)
     for line in lines:
         style = "red" if any(text.startswith(("WRONG", "FAILED")) for text in line) else None
         table.add_row(*map(Text, line), style=style)
-    # Into a file or a pipe, every line whole.
+    # Into a file or a pipe, every line whole; on a narrow terminal, every number.
     console = Output(width=None if sys.stdout.isatty() else 240, highlight=False)
+    console.width = max(console.width, sum(least) + 3 * len(least) + 1)
     console.print()
     console.print(table)
+
+
+def _least_width(column: Sequence[str]) -> int:
+    """Of a column's cells: numbers stay whole, sentences may take several lines."""
+    return max(len(text) if len(text) <= 24 else max(map(len, text.split())) for text in column)
 
 
 @contextmanager

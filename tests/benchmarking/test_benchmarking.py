@@ -281,6 +281,33 @@ def test_cells_that_are_slower_are_listed():
     assert report.slower_cells([row("fused", 1.0, check=False), row("eager", 0.5)]) == []
 
 
+def test_conclusions_are_of_most_threads_and_of_what_was_right():
+    def two(seconds, **more):
+        return [row("fused", 1.0, **more), row("eager", seconds, **more), row("naive", 2 * seconds, **more)]
+
+    rows = two(2.0, threads=2) + two(8.0, threads=2, dtype="bf16") + two(5.0)
+    [line] = report_parts.conclusions(rows)
+    assert line == (
+        "the op forward: 2.00 in fp32 and 8.00 in bf16 times as fast as PyTorch; "
+        "4.00 in fp32 and 16.00 in bf16 times as fast as the naive full-channel block"
+    )
+    assert report_parts.conclusions([row("fused", 1.0, check=False), row("eager", 2.0)]) == []
+
+
+def test_a_panel_of_the_plot_has_a_scale_of_its_own(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    rows = [row(name, 1.0, dtype=dtype, speedup=times) for dtype, times in (("fp32", 2.0), ("bf16", 150.0))
+            for name in ("fused", "naive")]  # fmt: skip
+    assert plot.draw(tmp_path / "a.png", rows, 20 * "a long title ")
+    [figure] = kept
+    tops = [ax.get_ylim()[1] for ax in figure.axes]
+    assert tops == [pytest.approx(2.3), pytest.approx(172.5)]
+    box = figure._suptitle.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_summary_is_silent_where_fused_is_wrong():
     [entry] = report.summary([row("fused", 1.0, check=False), row("eager", 2.0)])
     assert entry["red"] == 1

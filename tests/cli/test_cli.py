@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import mambaout_kernels as mk
 from mambaout_kernels import backends, reference
 from mambaout_kernels.backends import cpu
-from mambaout_kernels.cli import check, main, special_values
+from mambaout_kernels.cli import check, main, special_values, terminal
 from mambaout_kernels.cli.check import OUTPUTS
 
 SMALL = ["--variant", "test_mambaout", "--stage", "4", "--batch", "1", "--dtype", "fp32", "--threads", "1"]
@@ -206,12 +207,21 @@ def test_cuda_is_refused_where_there_is_none(capsys):
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):
-    from mambaout_kernels.cli import terminal
-
     monkeypatch.setattr(terminal, "find_spec", lambda name: None)
     status, _, err = run(capsys, "bench", "main")
     assert status == 2
     assert "pip install scikit-image, or mambaout-kernels[bench]" in err
+
+
+def test_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    numbers = [f"{index}.{index}34e-05 / {index}.8" for index in range(8)]
+    terminal.show_table("a title", ["a heading of several words"] * 9, [[*numbers, "a sentence " * 8]])
+    out = capsys.readouterr().out
+    assert all(number in out for number in numbers)
+    assert out.count("sentence") == 8
 
 
 def test_tables_without_rich(capsys, monkeypatch):

@@ -268,3 +268,26 @@ def test_brackets_are_no_markup(capsys, monkeypatch):
     with terminal.progress(2) as step:
         step("[/red]")
         step("[bold]x")
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "mambaout_kernels"], ["-c", "import mambaout_kernels.cli as c; exit(c.main())"]]
+)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("foo", "must be one of reference, cpu, triton, cuda, got 'foo'"), ("cuda", "cannot be used here")],
+)
+def test_a_wrong_backend_in_the_environment(command, name, said):
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("CUDA can be used here")
+    environment = {**os.environ, "MAMBAOUT_KERNELS_BACKEND": name}
+    argv = [sys.executable, *command, "check", "--dtype", "fp32"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    if command[0] == "-c" and name == "foo":  # another program's: an exception, as anywhere in Python
+        assert done.stderr.splitlines()[-1].startswith("ValueError: MAMBAOUT_KERNELS_BACKEND must be one of")
+        return
+    assert said in done.stderr
+    assert done.stderr.startswith("error: MAMBAOUT_KERNELS_BACKEND")
+    assert done.returncode == 2
+    told = subprocess.run([*argv[: 1 + len(command)], "info"], env=environment, capture_output=True, text=True)
+    assert (told.returncode == 0) == (name == "cuda")

@@ -1,11 +1,13 @@
 """timm's registry with fused models: what timm's own tests of models check, on the fused ones and against timm's."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from mambaout_kernels import patch
 from mambaout_kernels.models import VARIANTS
 from mambaout_kernels.nn.block import FusedGatedCNNBlock
 
@@ -186,3 +188,39 @@ def test_scriptable_models_are_timms():
     theirs, fused = pair()
     model.load_state_dict(fused.state_dict())
     assert_close(torch.jit.script(model)(images()), theirs(images()))
+
+
+def run_script(*arguments, **options):
+    command = [sys.executable, "-m", "mambaout_kernels.integrations.timm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_scripts_know_the_names(tmp_path):
+    (tmp_path / "beside.py").write_text("answer = 42")
+    (tmp_path / "train.py").write_text("""
+import sys, timm, beside
+assert __name__ == "__main__" and "mambaout_kernels" not in vars()
+print(sys.argv, beside.answer, type(timm.create_model(sys.argv[2])).__name__)
+raise SystemExit(3)
+""")
+    done = run_script(tmp_path / "train.py", "--model", "fused_test_mambaout")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == f"{[str(tmp_path / 'train.py'), '--model', 'fused_test_mambaout']} 42 FusedMambaOut\n"
+    assert "usage: " in run_script().stderr
+    assert "SCRIPT none.py does not exist" in run_script("none.py").stderr
+
+
+def test_a_folder_of_timms_is_of_any_timm_and_can_name_the_fused_model(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    hub = pytest.importorskip("timm.models._hub")
+    model = timm.create_model("fused_test_mambaout", num_classes=3)
+    hub.save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "test_mambaout"
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert type(loaded) is not type(model)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "fused_test_mambaout"}))
+    fused = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert type(fused) is type(model)
+    for other in (patch(loaded), fused):
+        assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))

@@ -3,6 +3,8 @@
 Importing this module registers `fused_` + the name of every variant; timm's own names stay timm's. Such a model is
 timm's class, with timm's state_dict, pretrained weights, features_only and all else; its blocks are patched. With
 `scriptable=True` it is timm's model unchanged, because torch.jit.script cannot compile the fused op.
+
+A script that cannot be changed is run by `python -m mambaout_kernels.integrations.timm SCRIPT` (__main__.py).
 """
 
 from dataclasses import asdict, replace
@@ -12,9 +14,9 @@ from timm.layers import is_scriptable, register_notrace_module
 from timm.models import DefaultCfg, build_model_with_cfg, mambaout, register_model
 from torch import nn
 
-from ..models import VARIANTS
-from ..nn import FusedGatedCNNBlock
-from .patching import fused_class, patch
+from ...models import VARIANTS
+from ...nn import FusedGatedCNNBlock
+from ..patching import fused_class, patch
 
 PREFIX = "fused_"
 
