@@ -35,6 +35,24 @@ def test_force_is_undone_after_an_error():
     assert backends.forced() is None
 
 
+def test_what_is_forced_is_what_is_preferred():
+    with backends.force("reference"):
+        assert backends.preferred("cpu") == "reference"
+        assert not backends.has_kernels("cpu")
+    assert backends.has_kernels("cpu") == (backends.status()["cpu"] is None)
+    assert not backends.has_kernels("meta")
+
+
+@pytest.mark.skipif(backends.status()["cpu"] is not None, reason="needs the compiled CPU kernels")
+def test_a_forced_backend_that_does_not_support_a_call():
+    assert backends.preferred("cpu") == "cpu"
+    u, weight = torch.zeros(1, 2, 2, 4, device="meta"), torch.zeros(1, 1, 3, 3, device="meta")
+    with backends.force("cpu"):
+        assert backends.preferred("meta") == "cpu"
+        with pytest.raises(RuntimeError, match=r"backend 'cpu' does not support u of torch\.float32 on meta"):
+            backends.select(u, weight)
+
+
 def test_force_nests():
     with backends.force("reference"):
         with backends.force("reference"):

@@ -254,6 +254,32 @@ def test_an_unfused_block_is_left_alone(part, everywhere, widths):
     assert not widths
 
 
+def test_linear_layers_without_bias_under_autocast(everywhere, widths):
+    block, x = make_block(13), make_x(13)
+    block.fc1.bias = block.fc2.bias = None
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block(x)
+        everywhere(False)
+        expected = block(x)
+    assert [width for width, *_ in widths] == [40, 34]
+    assert_alike(y, expected, 0.02)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear_layers_of_different_dtypes_fail_as_without_padding(autocast, everywhere):
+    block, x = make_block(13), make_x(13)
+    block.fc2.double()
+
+    def error():
+        with pytest.raises(RuntimeError) as raised, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            block(x)
+        return str(raised.value)
+
+    found = error()
+    everywhere(False)
+    assert error() == found
+
+
 def test_a_wrong_shape_is_refused_as_without_padding(everywhere):
     block = make_block(13)
     block.fc2 = nn.Linear(30, 13)
