@@ -9,6 +9,7 @@ AdamW 1e-4, batch 16, 12 epochs, short side 800, long side at most 1333.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from backbone import Backbone
@@ -81,27 +82,39 @@ def precision_and_recall(model: nn.Module, scenes: list[Scene], threshold: float
 
 
 def picture(model: nn.Module, scenes: list[Scene], path: Path) -> None:
-    """Scenes with what the model found in them, side by side."""
+    """Scenes with the truth, and below with what the model found in them; of guesses at one place the surest."""
     from matplotlib.figure import Figure
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+    from torchvision.ops import nms
 
-    figure = Figure(figsize=(4 * len(scenes), 4), layout="constrained")
-    colours = ["#000000", "#ff4040", "#40ff40", "#4080ff"]
-    for axes, scene in zip(figure.subplots(1, len(scenes)), scenes, strict=True):
+    figure = Figure(figsize=(3.2 * len(scenes), 6.6), layout="constrained")
+    for (truth, found), scene in zip(figure.subplots(2, len(scenes), squeeze=False).T, scenes, strict=True):
+        _draw(truth, scene.image, scene.labels, scene.boxes, scene.masks.bool(), [CLASSES[c] for c in scene.labels])
         with torch.inference_mode():
             [guess] = model([scene.image])
-        sure = guess["scores"] > 0.5
-        labels, names = guess["labels"][sure].tolist(), []
-        for label, score in zip(labels, guess["scores"][sure].tolist(), strict=True):
-            names.append(f"{CLASSES[label]} {score:.2f}")
-        image = (scene.image * 255).to(torch.uint8)
-        if labels:
-            palette = [colours[label] for label in labels]
-            image = draw_segmentation_masks(image, guess["masks"][sure, 0] > 0.5, 0.5, palette)
-            image = draw_bounding_boxes(image, guess["boxes"][sure], names, palette)
-        axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_axis_off()
-    figure.savefig(path, dpi=100)
+        kept = nms(guess["boxes"], guess["scores"], 0.5)
+        kept = kept[guess["scores"][kept] > 0.5]
+        labels, boxes, scores = (guess[name][kept] for name in ("labels", "boxes", "scores"))
+        names = [f"{CLASSES[c]} {score:.2f}" for c, score in zip(labels, scores, strict=True)]
+        _draw(found, scene.image, labels, boxes, guess["masks"][kept, 0] > 0.5, names)
+        truth.set_title("truth", fontsize=9)
+        found.set_title("found", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _draw(
+    axes: Any, image: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor, masks: torch.Tensor, names: list[str]
+) -> None:
+    from matplotlib.patches import Rectangle
+    from torchvision.utils import draw_segmentation_masks
+
+    colours = [("", "#d62728", "#2ca02c", "#1f77b4")[label] for label in labels.tolist()]
+    pixels = (image * 255).to(torch.uint8)
+    axes.imshow((draw_segmentation_masks(pixels, masks, 0.45, colours) if colours else pixels).permute(1, 2, 0).numpy())
+    for (left, top, right, bottom), colour, name in zip(boxes.tolist(), colours, names, strict=True):
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5))
+        axes.text(left, top, name, fontsize=7, color="white", va="bottom", clip_on=True,
+                  bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})  # fmt: skip
+    axes.set_axis_off()
 
 
 def main(argv: list[str] | None = None) -> int:
