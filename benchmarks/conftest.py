@@ -39,7 +39,7 @@ def cells(subject, modes):
         for stage in stages
         for mode in modes
         for dtype in ("fp32", "bf16")
-        for batch in shapes.batches()
+        for batch in shapes.BATCHES
         for name in CONTENDERS
     ]
 

@@ -51,7 +51,7 @@ def test_wheel_has_the_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert f"mambaout_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
-    assert {"mambaout_kernels/py.typed", "mambaout_kernels/benchmarking/shapes.json"} <= set(names)
+    assert {"mambaout_kernels/py.typed", "mambaout_kernels/audit/shortfalls.json"} <= set(names)
     assert all(name.startswith(("mambaout_kernels/", "mambaout_kernels-")) for name in names)
 
 

@@ -1,10 +1,14 @@
-"""Shapes of the blocks to measure, from shapes.json: the stages of some variants at their evaluation resolution."""
+"""Shapes of the blocks to measure: the stages of every variant, at the size of images that its weights are for."""
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+
+from ..models import VARIANTS
+from ..models.pretrained_cfg import pretrained_cfg
+
+DEFAULT = "mambaout_tiny"
+BATCHES = (1, 8)
 
 
 @dataclass(frozen=True)
@@ -30,26 +34,28 @@ class Shape:
         return self.height * 2 ** (self.stage + 1)
 
 
-@functools.cache
-def _data() -> tuple[tuple[int, ...], tuple[Shape, ...]]:
-    content = json.loads((files(__package__) / "shapes.json").read_text(encoding="utf-8"))
-    return tuple(content["batches"]), tuple(Shape(**row) for row in content["stages"])
-
-
-def batches() -> tuple[int, ...]:
-    return _data()[0]
-
-
 def variants() -> list[str]:
-    """The variants whose stages are listed, the default one first."""
-    return list(dict.fromkeys(shape.variant for shape in _data()[1]))
+    """All of them, the default one first."""
+    return [DEFAULT, *(name for name in VARIANTS if name != DEFAULT)]
+
+
+@functools.cache
+def _stages(variant: str) -> tuple[Shape, ...]:
+    v, size = VARIANTS[variant], pretrained_cfg(variant)["input_size"][1]
+    return tuple(
+        Shape(
+            variant, index + 1, size >> (index + 2), size >> (index + 2), dim, int(v.expansion_ratio * dim),
+            int(v.conv_ratio * dim), v.kernel_size, v.act_layer,
+        )
+        for index, dim in enumerate(v.dims)
+    )  # fmt: skip
 
 
 def stages(variant: str, numbers: Sequence[int] = ()) -> list[Shape]:
     """The stages of a variant, or only those with these numbers, which count from 1. ValueError for unknown ones."""
-    found = [shape for shape in _data()[1] if shape.variant == variant]
-    if not found:
+    if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(variants())}; got {variant!r}")
+    found = _stages(variant)
     unknown = set(numbers) - {shape.stage for shape in found}
     if unknown:
         raise ValueError(f"stage must be in 1 to {len(found)}; got {', '.join(map(str, sorted(unknown)))}")

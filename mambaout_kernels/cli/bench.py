@@ -95,7 +95,7 @@ def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
                          help=f"of {', '.join(variants)}; default: {variants[0]}")  # fmt: skip
     command.add_argument("--dtype", type=comma_list(one_of(list(workloads.DTYPES))), default=["fp32", "bf16"],
                          metavar="NAMES", help=f"of {', '.join(workloads.DTYPES)}; default: fp32,bf16")  # fmt: skip
-    usual = "8, on a GPU 128" if main else ",".join(map(str, shapes.batches()))
+    usual = "8, on a GPU 128" if main else ",".join(map(str, shapes.BATCHES))
     command.add_argument("--batch", type=comma_list(positive), metavar="N,..", help=f"default: {usual}")
     if not main:
         command.add_argument("--mode", type=comma_list(one_of(list(_MODES))), default=_DEFAULT_MODES[name],
@@ -215,7 +215,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if args.graph and device == "cpu":
         raise UsageError("--graph: CUDA graphs are of work on a CUDA device")
     if args.batch is None:
-        args.batch = list(shapes.batches()) if args.what != "main" else [128 if device == "cuda" else 8]
+        args.batch = list(shapes.BATCHES) if args.what != "main" else [128 if device == "cuda" else 8]
     threads = args.threads if device == "cpu" else [max(args.threads)]
     if args.what == "main":
         op, model = _cells(args, "op", ["fwd", "bwd"], device), _cells(args, "model", ["fwd"], device)
