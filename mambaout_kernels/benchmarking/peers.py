@@ -60,7 +60,8 @@ def export(folder: Path, name: str, module: nn.Module, x: Tensor) -> Path:
     if not path.exists():
         from ..integrations.export import to_onnx
 
-        to_onnx(module, path, _example(x), verbose=False)
+        open_sizes = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)  # of a block the last is not
+        to_onnx(module, path, _example(x), verbose=False, dynamic_shapes=open_sizes)
     return path
 
 

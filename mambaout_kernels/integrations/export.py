@@ -35,7 +35,8 @@ def to_onnx(
         path: the file. Weights beyond 2 GB go into a second file beside it.
         example: images to trace with, at least 2 of at least 33 x 33; (2, in_chans, 224, 224) of the model's dtype if
             None.
-        options: further arguments of torch.onnx.export, such as opset_version.
+        options: further arguments of torch.onnx.export, such as opset_version; dynamic_shapes for a block, or another
+            module whose input is not (N, channels, H, W).
 
     Raises:
         ValueError: a model in training mode, an InferenceModel, or an example of another shape.

@@ -163,6 +163,7 @@ def test_what_cannot_run_says_why(monkeypatch):
         raise peers.NotAvailable("planted")
 
     monkeypatch.setitem(peers._BUILDERS, "openvino", refuses)
+    monkeypatch.setattr(peers, "version", lambda name: f"{name} 1.0")
     _, row = measure.latency_rows(Load(dataclasses.replace(CELL, contenders=("eager", "openvino")), (1,), 1), 1, 0.001,
                                   10, None)  # fmt: skip
     assert row["failure"] == "not available: planted"
