@@ -124,6 +124,8 @@ def test_amd_does_not_spill(kernel, dtype, aligned):
         ({"target": "sm_80"}, "bytes in flight: 36 KiB of 40", False),
         ({"target": "sm_100", "aligned": True}, "7x7x576: 53% of the DRAM roofline, by issue", True),
         ({"target": "sm_100", "aligned": True}, "7x7x576: 52% of the DRAM roofline, by issue", False),
+        ({}, "56x56x128: 65% of the DRAM roofline, by issue", True),
+        ({}, "56x56x96: 65% of the DRAM roofline, by issue", False),
     ],
 )
 def test_only_what_is_known_is_known(change, failure, known):
