@@ -14,7 +14,11 @@ def _figures(row: Row, figures: Sequence[tuple[str, float, str]]) -> list[str]:
     if "failure" in row:
         word = NOT_AVAILABLE if row["failure"].startswith(NOT_AVAILABLE) else "failed"
         return [word] + [""] * (len(figures) - 1)
-    return ["" if row.get(key) is None else f"{row[key] * factor:{digits}}" for key, factor, digits in figures]
+    return ["" if row.get(key) is None else _number(row[key] * factor, digits) for key, factor, digits in figures]
+
+
+def _number(value: float, digits: str) -> str:
+    return f"{value:.0f}" if digits == ".3g" and value >= 1000 else f"{value:{digits}}"
 
 
 def latency_table(rows: Sequence[Row]) -> Table:

@@ -262,3 +262,8 @@ def test_bench_latency(capsys, tmp_path, monkeypatch):
     assert all(row["check"] for row in found if row["contender"] == "fused")
     assert "p99_s" in (tmp_path / "latency.csv").read_text().splitlines()[0]
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.0123456, "0.0123"), (95.44, "95.4"), (627.4, "627"), (5031.2, "5031")])
+def test_milliseconds_have_no_exponent(value, shown):
+    assert report_latency._number(value, ".3g") == shown
