@@ -130,11 +130,16 @@ def summary_lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
             str(len(group)),
             str(max(e.row.registers for e in group)),
             str(max(e.row.spills for e in group)),
-            min((f"{s.prediction.share:.0%}" for e in group for s in e.stages), key=lambda t: int(t[:-1]), default=""),
+            _least_share(group),
             _verdict(group),
         )
         for key, group in groups.items()
     ]
+
+
+def _least_share(group: Sequence[Entry]) -> str:
+    shares = [s.prediction.share for e in group for s in e.stages]
+    return f"{min(shares):.0%}" if shares else ""
 
 
 def _verdict(group: Sequence[Entry]) -> str:

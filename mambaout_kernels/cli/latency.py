@@ -26,8 +26,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
                          help=f"of {', '.join(variants)}; default: {variants[0]}")  # fmt: skip
     command.add_argument("--dtype", type=comma_list(one_of(list(workloads.DTYPES))), default=["fp32", "bf16"],
                          metavar="NAMES", help=f"of {', '.join(workloads.DTYPES)}; default: fp32,bf16")  # fmt: skip
-    command.add_argument("--batch", type=comma_list(positive), default=[1, 8], metavar="N,..",
-                         help="images per request; default: 1,8")  # fmt: skip
+    command.add_argument("--batch", type=comma_list(positive), default=list(shapes.BATCHES), metavar="N,..",
+                         help=f"images per request; default: {','.join(map(str, shapes.BATCHES))}")  # fmt: skip
     command.add_argument("--concurrency", type=comma_list(positive), default=[1, 2, 4, 8], metavar="N,..",
                          help="clients at once; default: 1,2,4,8")  # fmt: skip
     command.add_argument("--threads", type=positive, metavar="N",

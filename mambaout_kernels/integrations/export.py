@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import backends
+from ..backends.namespace import NAMESPACE
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def to_onnx(
         with plain_aten(), torch.no_grad():
             program = torch.onnx.export(model, (example,), dynamo=True, **{**named, **options})
     except torch.onnx.errors.OnnxExporterError as error:
-        if "mambaout_kernels." not in str(error):
+        if f"{NAMESPACE}." not in str(error):
             raise
         raise ValueError(
             "model must not be an InferenceModel, whose packed weights no other runtime reads: export the model "

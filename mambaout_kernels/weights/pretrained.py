@@ -106,10 +106,9 @@ def _maker(path: Path, name: str | None, state_dict: dict[str, torch.Tensor]) ->
 def _of_config(arguments: dict[str, Any], **overrides: Any) -> MambaOut:
     architecture = {key: value for key, value in arguments.items() if key != "pretrained_cfg"}
     model = MambaOut(**{**architecture, **overrides})
-    size = model.pretrained_cfg["input_size"][:1]  # channels
     model.pretrained_cfg |= from_json(arguments["pretrained_cfg"])
     for key in ("input_size", "test_input_size"):
-        model.pretrained_cfg[key] = (*size, *model.pretrained_cfg[key][1:])
+        model.pretrained_cfg[key] = (model.in_chans, *model.pretrained_cfg[key][1:])
     return model
 
 
