@@ -28,15 +28,15 @@ class Answer:
     batch: int
 
 
-def decode(body: bytes, size: int) -> torch.Tensor:
-    """A JPEG or PNG as the model sees it: (3, size, size). BadImage for other bytes, and for too many pixels."""
+def decode(body: bytes, size: int, crop_pct: float = 1.0, squash: bool = False) -> torch.Tensor:
+    """A JPEG or PNG as images.read prepares it. BadImage for other bytes, and for too many pixels."""
     if not body.startswith(_KINDS):
         raise BadImage("the body must be a JPEG or PNG file")
     try:
         with Image.open(io.BytesIO(body), formats=("JPEG", "PNG")) as opened:
             width, height = opened.size
         if width * height <= MOST_PIXELS:
-            return images.read(io.BytesIO(body), size)
+            return images.read(io.BytesIO(body), size, crop_pct, squash)
     except UnidentifiedImageError:
         raise BadImage("the body cannot be read as an image: its header is damaged") from None
     except Exception as error:  # of nearly any type, by format and damage
@@ -60,6 +60,7 @@ class Classifier:
 
     Args:
         model: (N, 3, size, size) to logits (N, classes).
+        settings: how images are prepared: images.settings(model.pretrained_cfg), as the weights were tested.
         topk: classes in an answer.
         name: of a class, by its index.
     """
@@ -67,11 +68,11 @@ class Classifier:
     def __init__(
         self,
         model: Callable[[torch.Tensor], torch.Tensor],
-        size: int = 224,
+        settings: tuple[int, float, bool],
         topk: int = 5,
         name: Callable[[int], str] = str,
     ):
-        self.model, self.size, self.topk, self.name = model, size, topk, name
+        self.model, self.settings, self.topk, self.name = model, settings, topk, name
 
     def answers(self, bodies: Sequence[bytes]) -> list[Answer | BadImage]:
         """In the order of `bodies`. What is no image gets its BadImage, and the others are computed without it."""
@@ -82,7 +83,7 @@ class Classifier:
 
     def _decoded(self, body: bytes) -> torch.Tensor | BadImage:
         try:
-            return decode(body, self.size)
+            return decode(body, *self.settings)
         except BadImage as error:
             return error
 
@@ -94,3 +95,16 @@ class Classifier:
             [{"index": i, "name": self.name(i), "probability": p} for p, i in zip(*of_one, strict=True)]
             for of_one in zip(values.tolist(), indices.tolist(), strict=True)
         ]
+
+
+def classifier_of(model: mk.InferenceModel, size: int | None = None, topk: int = 5) -> Classifier:
+    """Prepares images as for the model's weights, at their size or another.
+
+    The classes have ImageNet's names where the model has its classes and timm is there to tell them, else empty ones.
+    """
+    settings = images.settings(model.pretrained_cfg, size)
+    num_classes = model(torch.zeros(1, 3, settings[0], settings[0])).shape[1]
+    try:
+        return Classifier(model, settings, topk, images.class_names(num_classes))
+    except ImportError:
+        return Classifier(model, settings, topk, lambda index: "")

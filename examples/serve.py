@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import torch
-from classifier import DTYPES, MOST_BYTES, Answer, BadImage, Classifier, load
+from classifier import DTYPES, MOST_BYTES, Answer, BadImage, Classifier, classifier_of, load
 from load_test import load_test, picture
 from ray import serve
 from starlette.requests import Request
@@ -68,15 +68,7 @@ def refusal(status: int, text: str) -> JSONResponse:
 
 
 def classifier(args: argparse.Namespace) -> Classifier:
-    """ImageNet's names where timm is there to tell them, and the model has its 1000 classes."""
-    model = load(args.weights, args.random, args.dtype)
-    classes = model(torch.zeros(1, 3, args.size, args.size)).shape[1]
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError:
-        return Classifier(model, args.size, args.topk)
-    name = ImageNetInfo().index_to_description if classes == 1000 else str
-    return Classifier(model, args.size, args.topk, name)
+    return classifier_of(load(args.weights, args.random, args.dtype), args.size, args.topk)
 
 
 def start(args: argparse.Namespace) -> None:
@@ -105,7 +97,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--random", choices=list(mk.VARIANTS), metavar="VARIANT", help="random weights, for load tests"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--size", type=int, default=224, help="side of the square that the model sees")
+    parser.add_argument("--size", type=int, help="side of the square that the model sees; default: what the weights "
+                        "were tested at, 224 for most")  # fmt: skip
     parser.add_argument("--topk", type=int, default=5, help="classes in an answer")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--wait-ms", type=float, default=5.0, help="how long a request waits for others")
@@ -120,7 +113,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="of the load test, at most, for each of these")
     args = parser.parse_args(argv)
     for name in ("size", "topk", "max_batch", "replicas", "most_waiting"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.threads is None:
         args.threads = max(1, cores // args.replicas)

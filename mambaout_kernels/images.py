@@ -1,14 +1,36 @@
-"""Pictures in files, as the model sees them."""
+"""Pictures in files, as the model sees them; and what its classes are called."""
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
 
 from .models.pretrained_cfg import MEAN, STD
 
+_CLASSES = {1000: "imagenet-1k", 11821: "imagenet-12k"}  # by the number of them, timm's name for the set
 _LONGEST = 4  # times the short side: of a longer picture only the middle is resized
+
+
+def settings(pretrained_cfg: dict[str, Any], size: int | None = None) -> tuple[int, float, bool]:
+    """size, crop_pct and squash of `read`, as the weights were tested; `size` in pixels: other than they were at.
+
+    `pretrained_cfg` is a model's, as of timm.
+    """
+    cfg = pretrained_cfg
+    size = size or cfg["input_size"][1]
+    crop = cfg.get("test_crop_pct", cfg["crop_pct"]) if size == cfg["test_input_size"][1] else cfg["crop_pct"]
+    return size, crop, cfg["crop_mode"] == "squash"
+
+
+def class_names(num_classes: int) -> Callable[[int], str]:
+    """A function from a class's index to its name, empty where the classes are not ImageNet's. Asks timm."""
+    if num_classes not in _CLASSES:
+        return lambda index: ""
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo(_CLASSES[num_classes]).index_to_description
 
 
 def read(

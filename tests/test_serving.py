@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import mambaout_kernels as mk
+from mambaout_kernels.models.pretrained_cfg import pretrained_cfg
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -41,7 +42,7 @@ def pictures(modules):
 def classifier(modules):
     from classifier import Classifier, load
 
-    return Classifier(load(None, "test_mambaout", "fp32"), size=96, topk=3)
+    return Classifier(load(None, "test_mambaout", "fp32"), settings=(96, 1.0, False), topk=3)
 
 
 def chunk(kind, content=b""):
@@ -61,7 +62,8 @@ def test_decode_is_images_read(pictures, tmp_path):
 
     for body, name in zip(pictures, ("a.jpg", "b.png"), strict=False):
         (tmp_path / name).write_bytes(body)
-        assert torch.equal(decode(body, 64), images.read(tmp_path / name, 64))
+        for settings in ((64, 1.0, False), (64, 0.875, False), (64, 1.0, True)):
+            assert torch.equal(decode(body, *settings), images.read(tmp_path / name, *settings))
 
 
 @pytest.mark.parametrize(
@@ -119,9 +121,29 @@ def test_a_bad_image_fails_alone(classifier, pictures):
 def test_names_of_classes(pictures):
     from classifier import Classifier
 
-    said = Classifier(lambda x: torch.arange(4.0).expand(len(x), 4), 32, 2, name=lambda index: f"class {index}")
+    said = Classifier(
+        lambda x: torch.arange(4.0).expand(len(x), 4), (32, 1.0, False), 2, name=lambda index: f"class {index}"
+    )
     [answer] = said.answers(pictures[:1])
     assert [(each["index"], each["name"]) for each in answer.classes] == [(3, "class 3"), (2, "class 2")]
+
+
+@pytest.mark.parametrize("size", [None, 288])
+@pytest.mark.parametrize("crop", [1.0, 0.95])
+def test_images_are_prepared_as_for_the_weights(pictures, size, crop):
+    from classifier import classifier_of, load
+
+    from mambaout_kernels import images
+
+    model = load(None, "test_mambaout", "fp32")
+    model.pretrained_cfg.update(pretrained_cfg("mambaout_base_short_rw" if crop < 1 else "mambaout_femto"))
+    made = classifier_of(model, size)
+    assert made.settings == (size or 224, 1.0 if size == 288 else crop, False)
+    image = images.read(io.BytesIO(pictures[0]), *made.settings)
+    likeliest = model(image[None])[0].argmax().item()
+    [answer] = made.answers(pictures[:1])
+    assert answer.classes[0]["index"] == likeliest
+    assert answer.classes[0]["name"] == images.class_names(1000)(likeliest)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -16,7 +16,6 @@ from ..weights.pretrained import PUBLISHED, from_pretrained
 from .terminal import UsageError, WrongResult, one_of, positive, progress, require, show_table
 
 _LARGEST = 2048  # of --size; the largest model then takes 2 GB
-_CLASSES = {1000: "imagenet-1k", 11821: "imagenet-12k"}  # by the number of them, timm's name for the set
 
 
 def add_to(commands: Any) -> None:
@@ -49,16 +48,15 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for given in args.images for path in _files(given)]
     model = _model(args)
     cfg = model.pretrained_cfg
-    size = args.size or cfg["input_size"][1]
-    crop = cfg.get("test_crop_pct" if size == cfg["test_input_size"][1] else "crop_pct", cfg["crop_pct"])
+    settings = images.settings(cfg, args.size)
     fast = optimize_for_inference(model.eval(), dtype=DTYPES[args.dtype])
-    names = _class_names(model.num_classes)
+    names = images.class_names(model.num_classes)
     results: list[dict[str, Any]] = []
     with progress(len(paths)) as step:
         for path in paths:
             step(path)
             try:
-                image = images.read(path, size, crop, squash=cfg["crop_mode"] == "squash")
+                image = images.read(path, *settings)
             except OSError as error:
                 raise UsageError(f"IMAGE {path} cannot be read as an image: {error}") from None
             probabilities = _probabilities(fast, image, f"IMAGE {path} cannot be classified by {_described(args, cfg)}")
@@ -73,13 +71,15 @@ def run(args: argparse.Namespace) -> int:
         for result in results
         for rank, c in enumerate(result["classes"])
     ]
-    show_table(f"{_described(args, cfg)}; images at {size} x {size}", ["image", "probability", "class", "index"], lines)
+    side = settings[0]
+    show_table(f"{_described(args, cfg)}; images at {side} x {side}", ["image", "probability", "class", "index"], lines)
     return 0
 
 
 def _described(args: argparse.Namespace, cfg: dict[str, Any]) -> str:
-    published = f"{cfg['architecture']}.{cfg['tag']}"
-    return published if args.weights is None else f"{cfg['architecture']} with the weights of {args.weights}"
+    if args.weights is None:
+        return f"{cfg['architecture']}.{cfg['tag']}"
+    return f"{cfg['architecture'] or 'a MambaOut'} with the weights of {args.weights}"
 
 
 def _files(given: str) -> list[str]:
@@ -116,12 +116,3 @@ def _probabilities(model: Any, image: torch.Tensor, otherwise: str) -> torch.Ten
     if not logits.isfinite().all():
         raise WrongResult(f"{otherwise}: its logits are NaN or infinite")
     return logits.softmax(dim=0)
-
-
-def _class_names(count: int) -> Any:
-    """A function from a class's index to its name, empty where the classes are not ImageNet's."""
-    if count not in _CLASSES:
-        return lambda index: ""
-    from timm.data import ImageNetInfo
-
-    return ImageNetInfo(_CLASSES[count]).index_to_description

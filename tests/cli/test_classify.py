@@ -77,15 +77,15 @@ def test_classify_by_name_prepares_images_as_for_these_weights(capsys, pretraine
         fetched.append(repository)
         return pretrained / "weights.pth"
 
-    def read(*args, read=images.read, **kwargs):
-        prepared.append((args[1:], kwargs))
-        return read(*args, **kwargs)
+    def read(*args, read=images.read):
+        prepared.append(args[1:])
+        return read(*args)
 
     monkeypatch.setattr("mambaout_kernels.weights.pretrained._fetch", fetch)
     monkeypatch.setattr(images, "read", read)
     status, out, _ = run(capsys, "classify", str(pretrained / "cat.png"), "--model", name, *size)
     assert (status, fetched) == (0, ["timm/mambaout_base_short_rw.sw_e500_in1k"])
-    assert prepared == [((288 if size else 224, crop), {"squash": False})]
+    assert prepared == [(288 if size else 224, crop, False)]
     assert "mambaout_base_short_rw.sw_e500_in1k; images at" in out
 
 

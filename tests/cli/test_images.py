@@ -13,6 +13,8 @@ from PIL import Image
 import mambaout_kernels as mk
 from mambaout_kernels import images
 from mambaout_kernels.cli import main
+from mambaout_kernels.models.pretrained_cfg import pretrained_cfg
+from mambaout_kernels.weights.pretrained import PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,19 @@ def test_a_name_that_is_too_long(capsys, folder):
     status, _, err = classify(capsys, folder, 300 * "x")
     assert status == 2
     assert "does not exist" in err
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("tested", [False, True], ids=["default size", "test size"])
+def test_images_are_prepared_as_by_timm(folder, name, tested):
+    """On a photograph, by the settings of each of the published weights."""
+    from skimage import data
+    from timm.data import create_transform, resolve_data_config
+
+    variant, tag = name.split(".")
+    cfg = pretrained_cfg(variant, tag)
+    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg, use_test_size=tested))
+    photograph = Image.fromarray(data.chelsea())
+    photograph.save(folder / "cat.png")
+    size, *cropping = images.settings(cfg, cfg["test_input_size"][1] if tested else None)
+    assert torch.equal(images.read(folder / "cat.png", size, *cropping), transform(photograph))
