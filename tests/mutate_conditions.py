@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_ELIGIBILITY = "tests/nn/test_eligibility.py"
 _PLAIN = "tests/nn/test_plain.py"
 _OPTIMIZE = "tests/inference/test_optimize.py -k left_to_the_modules or causal or hang_on"
 
 # The guards: what decides whether an op may stand in for modules, and which backend runs. With the tests of each.
 GUARDS = {
-    "mambaout_kernels/nn/plain.py": [_PLAIN, _OPTIMIZE],
-    "mambaout_kernels/nn/eligibility.py": [_PLAIN, _OPTIMIZE],
+    "mambaout_kernels/nn/plain.py": [_ELIGIBILITY, _PLAIN, _OPTIMIZE],
+    "mambaout_kernels/nn/eligibility.py": [_ELIGIBILITY, _PLAIN, _OPTIMIZE],
     "mambaout_kernels/nn/linear.py": ["tests/nn/test_linear_layers.py", "tests/triton_interpreter/test_plain_norms.py"],
     "mambaout_kernels/nn/alignment.py": ["tests/nn/test_alignment.py"],
     "mambaout_kernels/backends/__init__.py": ["tests/backends/test_backends.py", "tests/nn/test_transforms.py"],

@@ -151,7 +151,8 @@ def gated_cnn_block_reason(
 ) -> str | None:
     """Why the whole block cannot run as one op in inference, in `dtype` on `device`, of an op that takes `dtypes`."""
     norm, fc1, conv, fc2, ls = block.norm, block.fc1, block.conv, block.fc2, block.ls
-    if isinstance(block, nn.Module) and has_hooks(block):
+    module: Any = block
+    if has_hooks(module):
         return "it has hooks"
     reason = gated_dwconv_reason(block) or _linear_reason("fc1", fc1) or _linear_reason("fc2", fc2)
     reason = reason or _layer_norm_reason("norm", norm, block.dim)
