@@ -483,3 +483,21 @@ _HUB = [
     ("mambaout_kernels/weights/pretrained.py", "path.name in HUB_FILES and config", "config"),
 ]
 FAULTS += [FaultySource(file, right, wrong, "tests/weights/test_hub.py") for file, right, wrong in _HUB]
+
+_PREPARED = [
+    ('cfg["crop_mode"] == "squash"', "False"),
+    ('if size == cfg["test_input_size"][1] else', "if False else"),
+    ('size or cfg["input_size"][1]', "size or 224"),
+]
+FAULTS += [
+    FaultySource("mambaout_kernels/images.py", right, wrong, "tests/cli/test_images.py -k prepared_as_by_timm")
+    for right, wrong in _PREPARED
+]
+
+_FLOPS = [
+    ("return 2 * _product(dy, weight)", "return _product(dy, weight)"),
+    ("conv_channels * kernel_size**2", "hidden * kernel_size**2"),
+]
+FAULTS += [
+    FaultySource("mambaout_kernels/ops/flops.py", right, wrong, "tests/ops/test_flops.py") for right, wrong in _FLOPS
+]

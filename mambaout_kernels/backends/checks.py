@@ -66,8 +66,12 @@ def check_beside(x: Tensor, name: str, t: Tensor, shape: tuple[int, ...], dtype:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
     if t.dtype != dtype:
         raise TypeError(f"{name} must be {dtype} beside x of {x.dtype}; got {t.dtype}")
-    if t.device != x.device or t.layout != torch.strided or not t.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, on the device of x, {x.device}; got {t.device}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}; got {t.device}")
+    if t.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, of layout torch.strided; got {t.layout}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; got strides {t.stride()} of shape {shape}")
 
 
 def check_devices(*tensors: Tensor | None) -> None:

@@ -27,15 +27,16 @@ def test_what_fits_is_taken():
             TypeError,
             r"weight must be torch\.float32 beside x of torch\.float32; got torch\.f",
         ),
-        (torch.zeros(6, 4).t(), ValueError, r"weight must be contiguous, on the device of x, cpu; got cpu"),
-        (torch.zeros(SHAPE).to_sparse(), ValueError, r"weight must be contiguous, on the device of x, cpu"),
+        (torch.zeros(6, 4).t(), ValueError, r"weight must be contiguous; got strides \(1, 4\) of shape \(4, 6\)"),
         (
-            torch.zeros(SHAPE, device="meta"),
+            torch.zeros(SHAPE).to_sparse(),
             ValueError,
-            r"weight must be contiguous, on the device of x, cpu; got meta",
+            r"weight must be dense, of layout torch.strided; got torch.sparse",
         ),
+        (torch.zeros(SHAPE).to_mkldnn(), ValueError, r"weight must be dense, .*; got torch._mkldnn"),
+        (torch.zeros(SHAPE, device="meta"), ValueError, r"weight must be on the device of x, cpu; got meta"),
     ],
-    ids=["a side", "dimensions", "dtype", "transposed", "sparse", "device"],
+    ids=["a side", "dimensions", "dtype", "transposed", "sparse", "of oneDNN", "device"],
 )
 def test_what_does_not_is_refused(t, error, said):
     with pytest.raises(error, match=said):
