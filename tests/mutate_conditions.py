@@ -27,7 +27,11 @@ GUARDS = {
     "mambaout_kernels/nn/eligibility.py": [_ELIGIBILITY, _PLAIN, _OPTIMIZE],
     "mambaout_kernels/nn/linear.py": ["tests/nn/test_linear_layers.py", "tests/triton_interpreter/test_plain_norms.py"],
     "mambaout_kernels/nn/alignment.py": ["tests/nn/test_alignment.py"],
-    "mambaout_kernels/backends/__init__.py": ["tests/backends/test_backends.py", "tests/nn/test_transforms.py"],
+    "mambaout_kernels/backends/__init__.py": [
+        "tests/backends/test_backends.py",
+        "tests/nn/test_transforms.py",
+        "tests/test_compilers.py -k onnx_by_torchs",
+    ],
     "mambaout_kernels/backends/checks.py": [
         "tests/backends/test_checks.py",
         "tests/ops/test_bad_input.py",
@@ -49,6 +53,8 @@ EQUAL: dict[tuple[str, str, bool], str] = {
     ("mambaout_kernels/nn/alignment.py", "low is None", False): "a conversion to no dtype is none",
     ("mambaout_kernels/nn/alignment.py", "pad == zeros.shape[dim]", False): "a part of all is all",
     ("mambaout_kernels/backends/__init__.py", "usable is None", True): "asked again, with the same answer",
+    ("mambaout_kernels/backends/__init__.py", "torch.compiler.is_exporting()", True): "what comes after it decides",
+    ("mambaout_kernels/backends/__init__.py", "torch.jit.is_tracing()", True): "what comes after it decides",
     ("mambaout_kernels/backends/__init__.py", "name is None", False): "a compiler's graph is made once more",
     ("mambaout_kernels/backends/__init__.py", "torch.compiler.is_dynamo_compiling()", False): "of torch before 2.14",
     # Of machines without compiled kernels (tests/test_fallback_install.py), or with a GPU.

@@ -212,6 +212,19 @@ def test_onnx_by_torchs_own_function():
         assert_close(y, model(images(2, seed=4)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_onnx_by_torchs_older_function(tmp_path):
+    """Which traces: of one size, and in PyTorch's operators, too."""
+    runtime = pytest.importorskip("onnxruntime")
+    model = make().eval()
+    torch.onnx.export(model, (images(),), tmp_path / "model.onnx", dynamo=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x = images(seed=4)
+    [y] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        assert_close(torch.from_numpy(y), model(x))
+
+
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the compiled CPU kernels")
 def test_onnx_of_an_inference_model_is_refused_with_what_to_do(tmp_path):
     pytest.importorskip("onnxscript")

@@ -69,8 +69,8 @@ _forced_here = threading.local()  # its value, by thread: for torch.compile, whi
 
 def forced() -> str | None:
     """The backend asked for: here by `force`, or in the process by `set_default` or the environment; or None."""
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():  # to PyTorch's own operators only
-        return "reference"
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        return "reference"  # to PyTorch's own operators only
     name = getattr(_forced_here, "name", None) if torch.compiler.is_dynamo_compiling() else _forced.get()
     return name or _default
 

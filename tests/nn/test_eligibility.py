@@ -17,10 +17,15 @@ from mambaout_kernels.nn.eligibility import (
 from mambaout_kernels.nn.layers import LayerScale
 from mambaout_kernels.nn.plain import activation_name, is_plain_layer_norm, linear_weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Initializing zero-element")
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 class Subclass(torch.Tensor):
+    pass
+
+
+class Other(nn.Identity):
     pass
 
 
@@ -90,6 +95,8 @@ OF_THE_BLOCK = {
                                        r"^norm.weight is \(1,\), not \(8,\)$"),
     "fc1 of another class": (changed("fc1", nn.Identity), "^fc1 is a Identity, not a plain nn.Linear$"),
     "fc2's bias": (changed("fc2.bias", lambda: subclass(8)), "^fc2.bias is a Subclass, not a plain tensor$"),
+    "fc1 sparse": (changed("fc1.weight", lambda: nn.Parameter(torch.zeros(42, 8).to_sparse_csr(), False)),
+                   "^fc1.weight is a Parameter of layout torch.sparse_csr, not a plain tensor$"),
     "fc1 wider": (changed("fc1", lambda: nn.Linear(8, 48)), r"^fc1.weight is \(48, 8\), not \(42, 8\)$"),
     "fc2 narrower": (changed("fc2", lambda: nn.Linear(21, 4)), r"^fc2.weight is \(4, 21\), not \(8, 21\)$"),
     "causal": (changed("conv", lambda: CausalConv2d(8, 8, 3, padding=1, groups=8)), "^conv is causal$"),
@@ -97,6 +104,7 @@ OF_THE_BLOCK = {
     "scale of another shape": (changed("ls", lambda: LayerScale(1, 0.5)), r"^ls.gamma is \(1,\), not \(8,\)$"),
     "scale": (changed("ls.gamma", lambda: subclass(8)), "^ls.gamma is a Subclass, not a plain tensor$"),
     "stochastic depth in training": (lambda b: b.drop_path.train(), "^drop_path is a DropPath, not idle$"),
+    "a class from elsewhere": (changed("drop_path", Other), rf"^drop_path is a {__name__}.Other, not idle$"),
     "something after the branch": (changed("drop_path", nn.Tanh), "^drop_path is a Tanh, not idle$"),
     "dtype of one part": (lambda b: b.conv.to(BF16), "^conv.weight is torch.bfloat16 on cpu, not torch.float32 on the"),
     "another device": (lambda b: b.fc2.to("meta"), "^fc2.weight is torch.float32 on meta, not torch.float32 on the"),
