@@ -45,7 +45,10 @@ EQUAL: dict[tuple[str, str, bool], str] = {
     ("mambaout_kernels/nn/plain.py", "_any_global_hook is None", False): "this torch has it",
     ("mambaout_kernels/nn/eligibility.py", "kernel[0] != kernel[1]", False): "the op refuses it as well",
     ("mambaout_kernels/nn/plain.py", "torch._C._len_torch_function_stack() == 0", False): "the rest says so, slower",
+    ("mambaout_kernels/nn/linear.py", "x.is_cuda", False): "not of a machine without a GPU",
     # Shortcuts to the same numbers.
+    ("mambaout_kernels/nn/linear.py", "x.is_cuda", True): "normalises asks it again",
+    ("mambaout_kernels/nn/linear.py", "backends.forced() != 'triton'", False): "normalises asks it again",
     ("mambaout_kernels/nn/alignment.py", "odd", True): "no zeros are needed then",
     ("mambaout_kernels/nn/alignment.py", "after_i", True): "of no zeros there are as many as before",
     ("mambaout_kernels/nn/alignment.py", "after_c", True): "of no zeros there are as many as before",

@@ -266,9 +266,11 @@ def test_linear_layers_without_bias_under_autocast(everywhere, widths):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_linear_layers_of_different_dtypes_fail_as_without_padding(autocast, everywhere):
+@pytest.mark.parametrize("layers", [["fc1"], ["fc2"], ["fc1", "fc2"]], ids=" and ".join)
+def test_linear_layers_of_other_dtypes_fail_as_without_padding(layers, autocast, everywhere):
     block, x = make_block(13), make_x(13)
-    block.fc2.double()
+    for name in layers:
+        block.get_submodule(name).double()
 
     def error():
         with pytest.raises(RuntimeError) as raised, torch.autocast("cpu", torch.bfloat16, enabled=autocast):

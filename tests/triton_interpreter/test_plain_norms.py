@@ -106,6 +106,14 @@ def test_what_stays_pytorchs(kind, launched):
     assert launched == []
 
 
+def test_a_norm_over_other_features_than_its_weights_is_pytorchs_error(launched):
+    norm = nn.LayerNorm(12)
+    norm.weight, norm.bias = nn.Parameter(torch.ones(24)), nn.Parameter(torch.zeros(24))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="normalized_shape"):
+        normed(norm, numbers(2, 24))
+    assert launched == []
+
+
 def test_contexts_in_which_it_stays_pytorchs(launched):
     norm, x = nn.LayerNorm(24), numbers(2, 24)
     normed(norm, x)  # gradients
