@@ -174,7 +174,7 @@ FAULTS = [
     FaultySource("mambaout_kernels/inference/optimize.py",
                  "in sequence._modules.items():", "in sequence.named_children():",
                  "tests/inference/test_optimize.py -k blocks_in_a_row"),
-    FaultySource("mambaout_kernels/inference/optimize.py", "t.data = t.data.clone()", "t.data = t.data",
+    FaultySource("mambaout_kernels/inference/optimize.py", "copied = t.detach().clone()", "copied = t.detach()",
                  "tests/inference/test_optimize.py -k neither_sees"),
     FaultySource("mambaout_kernels/inference/optimize.py", "p.normal_()", "p.add_(0)",
                  "tests/inference/test_optimize.py -k hang_on_the_weights"),
@@ -479,7 +479,7 @@ _HUB = [
     ("mambaout_kernels/models/hub.py", 'if sum(arguments["depths"]) > tensors:', "if False:"),
     ("mambaout_kernels/models/hub.py", "type(value) not in _TYPES[key] or", ""),
     ("mambaout_kernels/models/hub.py", "if described != {key", "if False and described != {key"),
-    ("mambaout_kernels/weights/pretrained.py", "        if architecture is not None:\n", "        if False:\n"),
+    ("mambaout_kernels/weights/pretrained.py", "        if arguments is not None:\n", "        if False:\n"),
     ("mambaout_kernels/weights/pretrained.py", "path.name in HUB_FILES and config", "config"),
 ]
 FAULTS += [FaultySource(file, right, wrong, "tests/weights/test_hub.py") for file, right, wrong in _HUB]
