@@ -103,7 +103,7 @@ def classifier_of(model: mk.InferenceModel, size: int | None = None, topk: int =
     The classes have ImageNet's names where the model has its classes and timm is there to tell them, else empty ones.
     """
     settings = images.settings(model.pretrained_cfg, size)
-    num_classes = model(torch.zeros(1, 3, settings[0], settings[0])).shape[1]
+    num_classes = model(torch.zeros(1, 3, 32, 32)).shape[1]  # of any size
     try:
         return Classifier(model, settings, topk, images.class_names(num_classes))
     except ImportError:

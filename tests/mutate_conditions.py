@@ -30,7 +30,7 @@ GUARDS = {
     "mambaout_kernels/backends/__init__.py": [
         "tests/backends/test_backends.py",
         "tests/nn/test_transforms.py",
-        "tests/test_compilers.py -k onnx_by_torchs",
+        "tests/test_compilers.py -k onnx_by_torchs or test_export",
     ],
     "mambaout_kernels/backends/checks.py": [
         "tests/backends/test_checks.py",

@@ -70,7 +70,7 @@ def _plain_weights(block: GatedCNNBlock) -> tuple[Weights, Weights] | None:
         return None
     hidden, dim = block.split_indices[0], two.weight.shape[0]
     fits = one.weight.shape == (2 * hidden, dim) and two.weight.shape == (dim, hidden)
-    return (one, two) if fits else None
+    return (one, two) if fits and one.weight.dtype == two.weight.dtype else None  # zeros take fc1's
 
 
 def _cast(fc: Weights, low: torch.dtype | None) -> Weights:

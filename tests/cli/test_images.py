@@ -125,17 +125,23 @@ def test_a_name_that_is_too_long(capsys, folder):
     assert "does not exist" in err
 
 
+@pytest.fixture(scope="module")
+def photograph(folder):
+    from skimage import data
+
+    Image.fromarray(data.chelsea()).save(folder / "cat.png")
+    return folder / "cat.png"
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 @pytest.mark.parametrize("tested", [False, True], ids=["default size", "test size"])
-def test_images_are_prepared_as_by_timm(folder, name, tested):
-    """On a photograph, by the settings of each of the published weights."""
-    from skimage import data
+def test_images_are_prepared_as_by_timm(photograph, name, tested):
+    """By the settings of each of the published weights."""
     from timm.data import create_transform, resolve_data_config
 
     variant, tag = name.split(".")
     cfg = pretrained_cfg(variant, tag)
     transform = create_transform(**resolve_data_config(pretrained_cfg=cfg, use_test_size=tested))
-    photograph = Image.fromarray(data.chelsea())
-    photograph.save(folder / "cat.png")
-    size, *cropping = images.settings(cfg, cfg["test_input_size"][1] if tested else None)
-    assert torch.equal(images.read(folder / "cat.png", size, *cropping), transform(photograph))
+    settings = images.settings(cfg, cfg["test_input_size"][1] if tested else None)
+    with Image.open(photograph) as image:
+        assert torch.equal(images.read(photograph, *settings), transform(image))

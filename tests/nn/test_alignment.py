@@ -282,6 +282,20 @@ def test_linear_layers_of_other_dtypes_fail_as_without_padding(layers, autocast,
     assert error() == found
 
 
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_a_layer_in_low_precision_fails_as_without_padding(layer, everywhere):
+    """Without bias: beside zeros in the other's dtype its weight would become float32, and be multiplied."""
+    block, x = make_block(13), make_x(13)
+    fc = block.get_submodule(layer)
+    fc.bias = None
+    fc.bfloat16()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        block(x)
+    everywhere(False)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        block(x)
+
+
 def test_a_wrong_shape_is_refused_as_without_padding(everywhere):
     block = make_block(13)
     block.fc2 = nn.Linear(30, 13)
