@@ -214,6 +214,16 @@ def counters_table(records: Sequence[Row]) -> report.Table:
     return headings, [line(record) for record in records]
 
 
+def kernels_table(records: Sequence[Row], most: int = 8) -> report.Table:
+    """The longest of each run; all of them are in the records."""
+    lines = []
+    for r in records:
+        what = f"{r['subject']} {r['mode']} {r['label']}, {CONTENDERS[r['contender']]}"
+        lines.append([what, f"{r['total_us']:.0f}", "", "all"])
+        lines += [["", f"{us:.0f}", f"{count:g}", name] for us, count, name in r["kernels"][:most]]
+    return ["run", "us", "launches", "kernel"], lines
+
+
 def depthwise_table(rows: Sequence[Row]) -> report.Table:
     timed = [row for row in rows if "median_s" in row]
     lines = [[row["depthwise_kernel"], row["label"], f"{row['median_s'] * 1e6:.1f}"] for row in timed]
@@ -280,6 +290,7 @@ def write(out: Path) -> list[str]:
             parts += [f"## {title}", *_of_subject(own, out / f"{subject}.png", machine, dry)]
     for title, table in (
         ("Hardware counters, bf16, batch 128, by ncu", counters_table(of("counters"))),
+        ("Kernels, by the profiler", kernels_table(of("kernels"))),
         ("Memory of a training step", report.memory_table(of("row"))),
         ("PyTorch's depthwise kernels", depthwise_table([row for row in timed if "depthwise_kernel" in row])),
     ):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -260,7 +261,8 @@ def times(
             except torch.OutOfMemoryError:
                 yield "left_out", {"text": f"{what}: out of memory"}
             except Exception as error:
-                yield "fail", {"text": f"{what}: {type(error).__name__}: {str(error).strip()[-500:]}"}
+                where = "".join(traceback.format_exception(error)[-4:])
+                yield "fail", {"text": f"{what}: {type(error).__name__}: {where[-1500:]}"}
     yield from clocks(settings)
 
 
@@ -306,6 +308,28 @@ def counters(settings: Settings) -> Found:
             yield "fail", {"text": f"ncu, stage {stage}: {(done.stdout + done.stderr)[-1500:]}"}
         for kernel in kernels:
             yield "counters", {"stage": stage, **kernel}
+
+
+def kernels(
+    settings: Settings, subject: str, mode: str, contenders: tuple[str, ...], variant: str = "mambaout_tiny"
+) -> Found:
+    """Which kernels the time is made of, in bf16 at batch 128."""
+    import gpu_kernels
+
+    from mambaout_kernels.benchmarking import shapes, workloads
+
+    if settings.dry:
+        yield "left_out", {"text": f"kernels of {subject} {mode}: a dry run"}
+        return
+    stages = shapes.stages(variant)
+    for shape in stages[:1] if subject == "model" else stages:
+        cell = workloads.Cell(subject, mode, "bf16", BATCH, shape, contenders, device=settings.device)
+        workload = workloads.build(cell)
+        for contender in workload.contenders:
+            what = {"subject": subject, "mode": mode, "label": cell.label, "contender": contender.name}
+            yield "kernels", {**what, **gpu_kernels.profile(contender)}
+        if workload.failures:
+            yield "fail", {"text": f"kernels of {subject} {mode} {cell.label}: {workload.failures}"}
 
 
 INFERENCE = (
@@ -417,6 +441,19 @@ SECTIONS: dict[str, Section] = {
         for mode in ("fwd", "train")
     },
     "model-small-batch": Section(replayed_model, 120),
+    "kernels-op": Section(
+        lambda settings: (
+            found for mode in ("fwd", "bwd") for found in kernels(settings, "op", mode, ("cuda", "triton"))
+        ),
+        90,
+    ),
+    **{
+        f"kernels-{mode}-{variant.removeprefix('mambaout_')}": Section(
+            partial(kernels, subject="model", mode=mode, contenders=(contender, "timm-compile"), variant=variant), 120
+        )
+        for mode, contender in (("fwd", "fused-graphs"), ("train", "compile-fused"))
+        for variant in (TINY, BASE)
+    },
     "memory": Section(memory, 60),
 }
 PLANS: dict[str, tuple[str, ...]] = {
@@ -425,11 +462,12 @@ PLANS: dict[str, tuple[str, ...]] = {
           "check-cuda-fp16", *SANITIZERS, "behaviour-triton", "tests"),
     "B": ("facts", "build", "bandwidth", "op-bf16", "counters", "op-fp32", "op-1", "op-base", "op-64", "op-autotune",
           "op-fp16", "depthwise"),
-    "C": ("facts", "build", "ahead-train-tiny-bf16", "ahead-train-base-bf16", "ahead-train-tiny-amp",
-          "ahead-fwd-tiny-bf16", "ahead-fwd-base-bf16", "ahead-fwd-tiny-amp", WAIT, "bandwidth",
-          "model-tiny-bf16", "model-tiny-amp", "model-base-bf16",
-          "model-small-batch", "memory", "block-inference", "block", "block-base"),
-    "D": ("facts", "build", "ahead-train-base-amp", "ahead-train-tiny-fp32", "ahead-train-base-fp32",
-          "ahead-fwd-base-amp", "ahead-fwd-tiny-fp32", "ahead-fwd-base-fp32", WAIT, "bandwidth",
-          "model-base-amp", "model-tiny-fp32", "model-base-fp32"),
+    "C": ("facts", "build", "ahead-train-base-bf16", "ahead-train-base-amp", "ahead-train-tiny-bf16",
+          "ahead-train-tiny-amp", "ahead-fwd-base-bf16", "ahead-fwd-base-amp", "ahead-fwd-tiny-bf16",
+          "ahead-fwd-tiny-amp", WAIT, "bandwidth", "model-base-bf16", "model-tiny-amp", "model-base-amp",
+          "model-small-batch", "kernels-train-tiny", "kernels-op", "kernels-train-base", "model-tiny-bf16",
+          "kernels-fwd-tiny", "kernels-fwd-base", "memory"),
+    "D": ("facts", "build", "ahead-train-tiny-fp32", "ahead-train-base-fp32", "ahead-fwd-tiny-fp32",
+          "ahead-fwd-base-fp32", WAIT, "bandwidth", "model-tiny-fp32", "model-base-fp32", "block-inference", "block",
+          "block-base"),
 }  # fmt: skip

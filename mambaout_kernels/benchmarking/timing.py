@@ -77,10 +77,11 @@ def by_cuda_events() -> Stopwatch:
 def captured(contender: Contender) -> Contender:
     """The contender as a CUDA graph, replayed: no time of the host is in it."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with contender.context(), torch.cuda.stream(stream):
-        for _ in range(3):
+    with contender.context():
+        for _ in range(3):  # on another stream: the graph has a workspace of cuBLAS's of its own
             contender.run(contender.prepare())
+    torch.cuda.synchronize()
+    with contender.context(), torch.cuda.stream(stream):
         prepared = contender.prepare()  # on the stream that captures: a backward runs on its forward's
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):

@@ -27,15 +27,15 @@ def on_gpu(x: Tensor) -> bool:
 
 def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, Tensor]:
     """(graph, y): function(x), to be replayed on x's memory into y's."""
+    for _ in range(_WARM_UP):
+        function(x)
+    torch.cuda.synchronize()
+    # On a stream that nothing ran on: cuBLAS keeps a workspace for each, and one from before the capture would not be
+    # the graph's. torch.compile's CUDA graphs have all of these freed, and a replay would write where others are.
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            function(x)
-        torch.cuda.synchronize()
-        # Other threads may go on calling CUDA meanwhile; what they do is not captured.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            y = function(x)
+    # Other threads may go on calling CUDA meanwhile; what they do is not captured.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        y = function(x)
     torch.cuda.current_stream().wait_stream(stream)
     return graph, y
 

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -53,6 +53,44 @@ def captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     with torch.no_grad():
         yield graphs
+
+
+def test_nothing_runs_on_the_stream_of_a_capture_before_it(monkeypatch):
+    """Else the graph keeps a workspace of cuBLAS's that is not its own, and may be freed."""
+    current, ran = ["default"], []
+
+    @contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream
+        yield
+        current[0] = before
+
+    @contextmanager
+    def graph(_graph, stream, **_):
+        with on(stream):
+            ran.append("capture")
+            yield
+
+    class Default:
+        def wait_stream(self, stream): ...
+
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_stream", Default)
+
+    def function(x):
+        ran.append(current[0])
+        return x
+
+    cuda_graphs.capture(function, torch.ones(1))
+    *before, synchronize, capture, inside = ran
+    assert before == ["default"] * len(before)
+    assert before
+    assert (synchronize, capture) == ("synchronize", "capture")
+    assert inside != "default"
 
 
 def double(x):
