@@ -1,11 +1,14 @@
-"""Blocks in inference on a GPU (ops/split_block.py): right beside eager and fp64, in graphs and under compile."""
+"""Blocks in inference on a GPU (ops/split_block.py), and norms with their gradients (ops/conv_norm.py): right beside
+eager and fp64, in graphs and under compile."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from gpu_behaviour import Found, findings
 from torch import Tensor, nn
 
@@ -15,6 +18,8 @@ from mambaout_kernels.benchmarking.inputs import enlivened
 from mambaout_kernels.inference.split_blocks import SplitBlock
 from mambaout_kernels.models import create_model
 from mambaout_kernels.nn.block import FusedGatedCNNBlock
+from mambaout_kernels.ops.conv_norm import layer_norm_act
+from mambaout_kernels.reference import activation
 
 # Tiny's and base's widths, femto's, and one of no whole parts; then pixels of one program and less, and of many.
 DIMS = (96, 192, 384, 576, 128, 256, 512, 768, 48, 288, 40)
@@ -36,6 +41,7 @@ def examine(device: str, dtype: torch.dtype) -> Found:
     for dim in DIMS:
         name = str(dtype).removeprefix("torch.")
         checks.append((f"blocks of {dim} channels, {name}", partial(_block, dim, dtype, device)))
+        checks.append((f"norms of {dim} channels and their gradients, {name}", partial(_norm, dim, dtype, device)))
     yield from findings("split block", checks)
 
 
@@ -62,6 +68,30 @@ def _block(dim: int, dtype: torch.dtype, device: str) -> str | None:
         block = enlivened(FusedGatedCNNBlock(dim, **options)).to(device, dtype).eval()
         for size in MAPS:
             found += _compared(block, _input((*size, dim), dtype, device))
+    return _wrong(found)
+
+
+def _norm(dim: int, dtype: torch.dtype, device: str) -> str | None:
+    """Maps of one program, of several, and of several turns of each."""
+    found = []
+    for size, act in itertools.product((*MAPS, (16, 56, 56)), ("identity", "gelu")):
+        x, dy = (_input((*size, dim), dtype, device) * scale for scale in (1, 0.5))
+        weight, bias = (_input((dim,), dtype, device) + offset for offset in (1, 0))
+
+        def step(own: bool, *tensors: Tensor, act: str = act) -> dict[str, Tensor]:
+            leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+            given = (leaves[0], (dim,), *leaves[1:], 1e-6)
+            y = (
+                layer_norm_act(leaves[0], None, *leaves[1:], 1e-6, act)
+                if own
+                else activation(F.layer_norm(*given), act)
+            )
+            gradients = torch.autograd.grad(y, leaves, tensors[3])
+            return dict(zip(("y", "x", "weight", "bias"), (y.detach(), *gradients), strict=True))
+
+        given = (x, weight, bias, dy)
+        actual, eager, exact = step(True, *given), step(False, *given), step(False, *(t.double() for t in given))
+        found += [accuracy.compare(name, actual[name], eager[name], exact[name]) for name in actual]
     return _wrong(found)
 
 

@@ -1,5 +1,5 @@
-"""The Triton kernels of inference (triton_kernels/block.py), compiled ahead of time: what a launch executes, moves and
-multiplies, and a bound of its time from datasheets. Nothing here is a measurement."""
+"""The Triton kernels of blocks (triton_kernels/block.py, layer_norm_backward.py), compiled ahead of time: what a launch
+executes, moves and multiplies, and a bound of its time from datasheets. Nothing here is a measurement."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +15,9 @@ from .triton import DTYPES, amd_usage, machine_code
 
 KERNELS = (*block_tiles.KERNELS, "depthwise")
 _CONVOLUTIONS = ("image_conv", "conv3x3s2_norm")  # of the stem: first and second
+_FLOAT32 = ("taps_ptr", "partials_ptr")
+_TURNS = 4.0  # blocks of rows of a program of the norm's backward: as few as there are, but on the largest maps
+_WITHOUT_PRODUCTS = ("depthwise", "layer_norm", "layer_norm_backward")
 _TENSOR = ("HGMMA", "HMMA", "UTCHMMA")
 
 
@@ -51,7 +54,7 @@ class BlockKernel:
 
 def _function(kernel: BlockKernel) -> tuple[Any, dict[str, Any]]:
     """The jitted function and its compile-time constants, as block_launch.py gives them."""
-    from ..backends.triton_kernels import block
+    from ..backends.triton_kernels import block, layer_norm_backward
 
     tile, (C, dim) = kernel.tile, kernel.widths
     k0, k1 = block_tiles.parts(dim)
@@ -67,7 +70,11 @@ def _function(kernel: BlockKernel) -> tuple[Any, dict[str, Any]]:
         return block.conv3x3s2_norm_fwd, {
             "C": C, "DIM": dim, "K0": k0, "K1": k1, "ACT": act, "NHWC": not first, **blocks
         }  # fmt: skip
-    constants: dict[str, Any] = {"DIM": dim, "BLOCK_M": tile.block_m, "PRECISION": precision}
+    constants: dict[str, Any] = {"DIM": dim, "BLOCK_M": tile.block_m}
+    if kernel.name == "layer_norm_backward":
+        own = {"K0": k0, "K1": k1, "ACT": "identity", "NORMED": True}
+        return layer_norm_backward.layer_norm_bwd, {**constants, **own}
+    constants |= {"PRECISION": precision}
     if kernel.name == "layer_norm":
         return block.layer_norm_fwd, {**constants, "K0": k0, "K1": k1, "BIASED": False, "ACT": "identity"}
     constants |= {"BLOCK_N": tile.block_n}
@@ -101,7 +108,7 @@ class Compiled:
     def failures(self) -> list[str]:
         """Gates that it does not pass."""
         found = [f"spills: {self.spills}"] if self.spills and not getattr(self.kernel.tile, "may_spill", False) else []
-        if self.kernel.name not in ("depthwise", "layer_norm") and not self.tensor:
+        if self.kernel.name not in _WITHOUT_PRODUCTS and not self.tensor:
             found.append("no tensor cores")
         return found
 
@@ -113,7 +120,7 @@ def compile_ahead(kernel: BlockKernel) -> Compiled:
     amd = kernel.target.startswith("gfx")
     options = {name: value for name, value in kernel.tile.options().items() if not (amd and name == "maxnreg")}
     compiled, warp = machine_code(
-        function, constants, lambda name: "fp32" if name == "taps_ptr" else element, kernel.target, options
+        function, constants, lambda name: "fp32" if name in _FLOAT32 else element, kernel.target, options
     )
     threads, shared = kernel.tile.num_warps * warp, compiled.metadata.shared
     if amd:
@@ -143,6 +150,8 @@ def _trips(kernel: BlockKernel) -> list[float]:
         return [-(-kernel.dim // tile.block_k) * part / sum(parts) for part in parts]
     if kernel.name in _CONVOLUTIONS:
         return [-(-9 * kernel.widths[0] // tile.block_k)]
+    if kernel.name == "layer_norm_backward":
+        return [_TURNS]
     return [float(kernel.K)] if kernel.name == "depthwise" else []
 
 
@@ -165,6 +174,8 @@ def programs(kernel: BlockKernel, shape: Shape) -> int:
         tall, wide = -(-shape.H // tile.block_h), -(-shape.N * shape.W // tile.block_w)
         return tall * wide * -(-shape.C // tile.block_d)
     rows = -(-shape.pixels * (4 if kernel.name == "image_conv" else 1) // tile.block_m)
+    if kernel.name == "layer_norm_backward":
+        return -(-rows // int(_TURNS))
     if kernel.name == "gated_linear":
         return rows * sum(-(-n // tile.block_n) for n in (shape.D - shape.C, shape.C))
     return rows
@@ -177,6 +188,7 @@ def elements_moved(name: str, dim: int, shape: Shape) -> int:
         "image_conv": 16 * 3 + 4 * (dim // 2),
         "conv3x3s2_norm": 4 * (dim // 2) + dim,
         "layer_norm": 2 * dim,
+        "layer_norm_backward": 4 * dim,
         "norm_linear": dim + shape.C,
         "depthwise": 2 * shape.C,
         "gated_mlp": 2 * dim + shape.C,

@@ -32,9 +32,11 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
-        if self.norm1 is not None:
-            x = normed(self.norm1, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return normed(self.norm2, self.conv2(self.act(x)).permute(0, 2, 3, 1))
+        if self.norm1 is None:
+            x = self.act(x)
+        else:
+            x = normed(self.norm1, x.permute(0, 2, 3, 1), self.act, into_product=True).permute(0, 3, 1, 2)
+        return normed(self.norm2, self.conv2(x).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
@@ -48,6 +50,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.norm_first:
-            x = normed(self.norm, x)
+            x = normed(self.norm, x, into_product=True)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x if self.norm_first else normed(self.norm, x)

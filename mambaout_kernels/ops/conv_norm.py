@@ -1,5 +1,5 @@
-"""What stands before the stages, on a GPU: act(layer_norm(x + x_bias)) in one kernel, behind a convolution of cuDNN's,
-or with the convolution (3 x 3, stride 2) in it."""
+"""Norms on a GPU: act(layer_norm(x + x_bias)) in one kernel, and its gradients in one; and for inference the norm with
+the convolution before it (3 x 3, stride 2)."""
 
 from typing import Any
 
@@ -18,7 +18,13 @@ MOST_PIXELS = 2**31  # of images, which are counted in 32 bits
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
-    "layer_norm_act(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps, str act) -> Tensor",
+    "layer_norm_act(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps, str act, "
+    "ScalarType? dtype=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "layer_norm_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, float eps, str act, bool normed) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -28,13 +34,18 @@ _library.define(
 )
 
 
-def layer_norm_act(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, act: str) -> Tensor:
-    """act(layer_norm(x + x_bias)) over the last dimension, without gradients; rounded once.
+def layer_norm_act(
+    x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, act: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """act(layer_norm(x + x_bias)) over the last dimension, rounded once. Keeps its inputs alone for backward, and is
+    differentiable once.
 
     Args:
         x: (..., dim), dim 1 to 1024; float32, bfloat16 or float16, any strides, on a GPU that Triton runs on.
-        x_bias (None for none), weight, bias: (dim,), in x's dtype.
+        x_bias (None for none), weight, bias: (dim,), in x's dtype; weight and bias may be float32 beside any x.
         eps: of the norm. act: "gelu", "gelu_tanh", "silu" or "identity".
+        dtype: of the result, float32, bfloat16 or float16; None: x's.
 
     Returns:
         (..., dim), contiguous.
@@ -43,7 +54,18 @@ def layer_norm_act(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tenso
         ValueError: a wrong shape or act, or a parameter elsewhere than x. TypeError: a wrong dtype.
         RuntimeError: an x that Triton does not run on.
     """
-    return _op(x, x_bias, weight, bias, eps, act)
+    return _op(x, x_bias, weight, bias, eps, act, dtype)
+
+
+def layer_norm_act_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str, normed: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, layer_norm(x)) for a gradient dy of act(layer_norm(x)); the last is empty unless `normed`.
+
+    dy has x's shape, and like the last any dtype that layer_norm_act returns. Sums are accumulated in float32, in an
+    order that the shape alone decides. Errors as for layer_norm_act.
+    """
+    return _backward_op(dy, x, weight, bias, eps, act, normed)
 
 
 def conv3x3s2_norm_act(
@@ -99,14 +121,28 @@ def _conv_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((N, (H + 1) // 2, (W + 1) // 2, weight.shape[1]))
 
 
+def _runs_on(device_type: str, index: int | None) -> bool:
+    """Whether Triton's kernels run on this device; under the interpreter, on the CPU."""
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    like = torch.empty(0, device=device)
+    return triton.unavailable() is None and triton.supports(like)
+
+
+# Compilers call it as they trace, and keep what it says.
+_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def normalises(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether layer_norm_act takes them, and is faster than PyTorch's: on an H100 eight times at 96 channels."""
     if not x.is_cuda and backends.forced() != "triton":
         return False
     for t in (weight, bias):
-        if t is None or (t.shape, t.dtype, t.device) != (x.shape[-1:], x.dtype, x.device) or not t.is_contiguous():
+        if t is None or (t.shape, t.device) != (x.shape[-1:], x.device) or not t.is_contiguous():
             return False
-    return x.ndim > 0 and 1 <= x.shape[-1] <= WIDEST and triton.unavailable() is None and triton.supports(x)
+        if t.dtype not in (x.dtype, torch.float32):
+            return False
+    in_reach = x.ndim > 0 and 1 <= x.shape[-1] <= WIDEST and x.dtype in triton.DTYPES
+    return in_reach and _runs_on(x.device.type, x.device.index)
 
 
 def _check(name_of_x: str, x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:
@@ -121,21 +157,77 @@ def _check(name_of_x: str, x: Tensor, parameters: dict[str, Tensor | None], act:
             check_beside(x, name, t, tuple(x.shape[-1:]), x.dtype)
 
 
-def _layer_norm_act(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, act: str) -> Tensor:
+def _check_norm(x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, act: str) -> None:
+    _check("x", x, {"x_bias": x_bias}, act)
+    for name, t in (("weight", weight), ("bias", bias)):
+        check_beside(x, name, t, tuple(x.shape[-1:]), torch.float32 if t.dtype == torch.float32 else x.dtype)
+
+
+def _check_result(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in triton.DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or None; got {dtype}")
+
+
+def _layer_norm_act(
+    x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, act: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     from ..backends.triton_kernels import block_launch
 
-    _check("x", x, {"x_bias": x_bias, "weight": weight, "bias": bias}, act)
+    _check_norm(x, x_bias, weight, bias, act)
+    _check_result(dtype)
     triton.check_runs(x)
-    return block_launch.layer_norm(x.contiguous(), weight, bias, eps, x_bias, act)
+    return block_launch.layer_norm(x.contiguous(), weight, bias, eps, x_bias, act, dtype=dtype)
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _layer_norm_act_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str, normed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..backends.triton_kernels import block_launch
+
+    _check_norm(x, None, weight, bias, act)
+    if (dy.shape, dy.device) != (x.shape, x.device):
+        raise ValueError(f"dy must be {tuple(x.shape)} on {x.device}, as x; got {tuple(dy.shape)} on {dy.device}")
+    if dy.dtype not in triton.DTYPES:
+        raise TypeError(f"dy must be float32, bfloat16 or float16; got {dy.dtype}")
+    triton.check_runs(x)
+    return block_launch.layer_norm_backward(dy.contiguous(), x.contiguous(), weight, bias, eps, act, normed)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str, normed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    whole = x.new_empty(x.shape)
+    return whole, weight.new_empty(weight.shape), bias.new_empty(bias.shape), dy.new_empty(dy.shape if normed else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.act, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, x_bias, weight, bias = ctx.saved_tensors
+    biased = x if x_bias is None else x + x_bias
+    dx, dweight, dbias, _ = _backward_op(dy, biased, weight, bias, ctx.eps, ctx.act, False)
+    found = (dx, None if x_bias is None else dx.flatten(0, -2).sum(0), dweight, dbias)
+    return (*(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)), None, None, None)
+
+
+def _fake(
+    x: Tensor, x_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, act: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 _library.impl("layer_norm_act", _layer_norm_act, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::layer_norm_act", _fake, lib=_library)
+torch.library.register_autograd(f"{NAMESPACE}::layer_norm_act", _differentiate, setup_context=_save, lib=_library)
+_library.impl("layer_norm_act_backward", _layer_norm_act_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::layer_norm_act_backward", _backward_fake, lib=_library)
 _library.impl("conv3x3s2_norm_act", _conv3x3s2_norm_act, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::conv3x3s2_norm_act", _conv_fake, lib=_library)
 _op = ops.layer_norm_act.default
+_backward_op = ops.layer_norm_act_backward.default
 _conv_op = ops.conv3x3s2_norm_act.default

@@ -47,7 +47,7 @@ def _split_gated_cnn_block(x: Shape, *arguments: Any, **_: Any) -> int:
     return _block(torch.Size(x[:-1]).numel(), dim, hidden, C, K)
 
 
-@register_flop_formula(ops.layer_norm_act)
+@register_flop_formula([ops.layer_norm_act, ops.layer_norm_act_backward])
 def _layer_norm_act(*_: Any, **__: Any) -> int:
     return 0
 

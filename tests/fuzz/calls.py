@@ -244,6 +244,12 @@ def layer_norm_act(d):  # likewise
     return [torch.randn(*d.pixels(), dim), d.maybe(dim), torch.randn(dim), torch.randn(dim), d.eps(), d.act()]
 
 
+def layer_norm_act_backward(d):  # likewise
+    dim, pixels = d.size(), d.pixels()
+    dy, x, weight, bias = (torch.randn(size) for size in ((*pixels, dim), (*pixels, dim), (dim,), (dim,)))
+    return [dy, x, weight, bias, d.eps(), d.act(), d.chance(0.5)]
+
+
 def conv3x3s2_norm_act(d):  # likewise
     channels, dim = d.size(), d.size()
     w = torch.randn
@@ -290,9 +296,10 @@ KNOWN = {
     "runs_packed_conv3x3s2": Known(lambda d: [packed_convolution(d)]),
     "split_gated_cnn_block": Known(split_gated_cnn_block),
     "layer_norm_act": Known(layer_norm_act),
+    "layer_norm_act_backward": Known(layer_norm_act_backward),
     "conv3x3s2_norm_act": Known(conv3x3s2_norm_act),
 }
-REFUSED = ("split_gated_cnn_block", "layer_norm_act", "conv3x3s2_norm_act")
+REFUSED = ("split_gated_cnn_block", "layer_norm_act", "layer_norm_act_backward", "conv3x3s2_norm_act")
 
 
 def image(arguments: list) -> Tensor:

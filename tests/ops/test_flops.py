@@ -88,7 +88,9 @@ def test_linear_layers():
     assert counted(OPS.linear_dweight.default, dy.flatten(0, 1), x.flatten(0, 1)) == product
 
 
-@pytest.mark.parametrize("op", ["split_gated_cnn_block", "conv3x3s2_norm_act", "layer_norm_act"])
+@pytest.mark.parametrize(
+    "op", ["split_gated_cnn_block", "conv3x3s2_norm_act", "layer_norm_act", "layer_norm_act_backward"]
+)
 def test_ops_of_a_gpu(op):
     """Their kernels for fake tensors are enough to count by."""
     dim, hidden, C = 16, 40, 16
@@ -99,10 +101,11 @@ def test_ops_of_a_gpu(op):
         ),
         "conv3x3s2_norm_act": ((2, 3, 9, 8), (27, dim), (dim,), (dim,), (dim,), 1e-6, "gelu"),
         "layer_norm_act": ((2, 5, 6, dim), None, (dim,), (dim,), 1e-6, "gelu"),
+        "layer_norm_act_backward": ((2, 5, 6, dim), (2, 5, 6, dim), (dim,), (dim,), 1e-6, "gelu", True),
     }[op]  # fmt: skip
     expected = {
         "split_gated_cnn_block": 2 * 60 * (3 * hidden * dim + C * 49), "conv3x3s2_norm_act": 2 * 2 * 5 * 4 * 27 * dim,
-        "layer_norm_act": 0,
+        "layer_norm_act": 0, "layer_norm_act_backward": 0,
     }[op]  # fmt: skip
     arguments = [torch.empty(a, device="meta") if isinstance(a, tuple) else a for a in given]
     assert counted(getattr(OPS, op).default, *arguments) == expected

@@ -81,6 +81,33 @@ def test_training(dtype, recompute, launched):
     assert_model_accurate(*results)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["block", "stem", "norm first"])
+def test_training_under_autocast(kind, stored, launched):
+    """Norms of float32 as PyTorch's autocast has them, but rounded once where a product casts them."""
+    module, shape = {
+        "block": (lambda: FusedGatedCNNBlock(24, kernel_size=3), (2, 4, 5, 24)),
+        "stem": (lambda: Stem(3, 16, True, nn.LayerNorm, nn.GELU), (2, 3, 12, 12)),
+        "norm first": (lambda: Downsample(24, 16, True, nn.LayerNorm), (2, 4, 4, 24)),
+    }[kind]
+    module, results = enlivened(module()).to(stored), []
+    for name, used, precision in (
+        ("triton", module, stored),
+        ("reference", copy.deepcopy(module), stored),
+        ("reference", copy.deepcopy(module).double(), torch.float64),
+    ):
+        x = numbers(*shape, dtype=stored).to(precision).requires_grad_()
+        with backends.force(name), torch.autocast("cpu", torch.float16, enabled=precision != torch.float64):
+            y = used(x)
+        wanted = {"x": x, **dict(used.named_parameters())}
+        dy = numbers(*y.shape, dtype=torch.float16).to(y.dtype)
+        gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+        y = y.float() if kind == "stem" else y  # which autocast on a GPU returns, and on the CPU does not
+        results.append({"y": y.detach(), **dict(zip(wanted, gradients, strict=True))})
+    assert len(launched) == {"block": 1, "stem": 2, "norm first": 1}[kind]
+    assert_model_accurate(*results)
+
+
 def test_of_no_pixel_and_once_more():
     block, x = make(torch.float32), numbers(0, 4, 5, 24).requires_grad_()
     y = block(x)
@@ -103,6 +130,16 @@ def test_what_stays_pytorchs(kind, launched):
     x = numbers(2, 4, 5, 24, dtype=torch.float64 if kind == "another dtype" else torch.float32)
     with torch.no_grad():
         assert torch.equal(normed(norm, x), norm(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(normed(norm, x), norm(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(normed(norm, x), norm(x))
+    assert launched == []
+
+
+def test_a_norm_of_float32_beside_16_bits_is_pytorchs_error_outside_autocast(launched):
+    with pytest.raises(RuntimeError, match=r"mixed dtype|expected scalar type|Expected"):
+        normed(nn.LayerNorm(24), numbers(2, 24, dtype=torch.float64))
     assert launched == []
 
 
@@ -116,16 +153,14 @@ def test_a_norm_over_other_features_than_its_weights_is_pytorchs_error(launched)
 
 def test_contexts_in_which_it_stays_pytorchs(launched):
     norm, x = nn.LayerNorm(24), numbers(2, 24)
-    normed(norm, x)  # gradients
     with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            normed(norm, x)
         with backends.force("reference"):
             normed(norm, x)
         with backends.force("cpu"):
             normed(norm, x)
         torch.func.vmap(lambda row: normed(norm, row))(x)
-        torch.compile(lambda t: normed(norm, t), backend="eager", fullgraph=True)(x)
         assert launched == []
         normed(norm, x)
-    assert launched == [x.shape]
+        torch.compile(lambda t: normed(norm, t), backend="eager", fullgraph=True)(x)
+    normed(norm, x)  # with gradients
+    assert launched == 3 * [x.shape]

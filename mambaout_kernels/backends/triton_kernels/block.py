@@ -160,8 +160,8 @@ def layer_norm_fwd(
     DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, BIASED: tl.constexpr, ACT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """y = act(layer_norm(x + x_bias)), the bias if BIASED: x and y (P, DIM), contiguous."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    """y = act(layer_norm(x + x_bias)), the bias if BIASED: x and y (P, DIM), contiguous; parameters of any dtype."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     WIDE: tl.constexpr = dtype == tl.float32
     first_row, rows, present = _rows_of(tl.program_id(0), P, BLOCK_M)
     x_ptr += first_row * DIM

@@ -8,7 +8,10 @@ from . import block_tiles, tiles
 from .block import conv3x3s2_norm_fwd, depthwise_fwd, gated_linear_fwd, gated_mlp_fwd, layer_norm_fwd, norm_linear_fwd
 from .conv import PACK_BLOCK
 from .launch import _aligned, _blocks, _constants, _guard, _pack, _vector, architecture
+from .layer_norm_backward import layer_norm_bwd
+from .weight_gradient import weight_gradient_sum
 
+_SUM_ROWS, _SUM_COLUMNS = 256, 16  # of partial sums, at a time
 TAPS_BLOCK = int(PACK_BLOCK.value)  # rows of `pack_filter` are multiples of it
 
 
@@ -41,11 +44,11 @@ def round_tf32(t: Tensor) -> Tensor:
 
 def layer_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, eps: float,
-    x_bias: Tensor | None = None, act: str = "identity", factor: bool = False,
+    x_bias: Tensor | None = None, act: str = "identity", factor: bool = False, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """act(layer_norm(x + x_bias)): x (..., dim), contiguous. factor: of products, that may be in TF32."""
     dim = x.shape[-1]
-    y, P = torch.empty_like(x), x.numel() // dim
+    y, P = torch.empty_like(x, dtype=dtype), x.numel() // dim
     tile, (k0, k1) = _tile("layer_norm", x), block_tiles.parts(dim)
     if P:
         with _guard(x):
@@ -55,6 +58,36 @@ def layer_norm(
                 BLOCK_M=tile.block_m, **tile.options(),
             )  # fmt: skip
     return y
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, act: str, normed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dgamma, dbeta, layer_norm(x) if `normed`) of act(layer_norm(x)): dy and x (..., dim), contiguous.
+
+    The same bits in every run: no atomics.
+    """
+    dim = x.shape[-1]
+    dx, P = torch.empty_like(x), x.numel() // dim
+    y = torch.empty_like(dy) if normed else dy.new_empty(0)
+    if not P:
+        return dx, gamma.new_zeros(dim), beta.new_zeros(dim), y
+    dgamma, dbeta = torch.empty_like(gamma), torch.empty_like(beta)
+    tile, (k0, k1) = _tile("layer_norm_backward", x), block_tiles.parts(dim)
+    blocks = triton.cdiv(P, tile.block_m)
+    programs = block_tiles.programs_of_backward(blocks)
+    partials = torch.empty((programs, 2, dim), dtype=torch.float32, device=x.device)
+    with _guard(x):
+        layer_norm_bwd[(programs,)](
+            dy, x, gamma, beta, dx, y, partials, P, triton.cdiv(blocks, programs), eps, DIM=dim, K0=k0, K1=k1,
+            ACT=act, NORMED=normed,
+            BLOCK_M=tile.block_m, **tile.options(),
+        )  # fmt: skip
+        weight_gradient_sum[(2, triton.cdiv(dim, _SUM_COLUMNS))](
+            partials, dgamma, dbeta, programs, dim, 1, VEC=1 if dim % 4 else 4, BLOCK_P=_SUM_ROWS,
+            BLOCK_D=_SUM_COLUMNS,
+        )  # fmt: skip
+    return dx, dgamma, dbeta, y
 
 
 def conv3x3s2_norm(

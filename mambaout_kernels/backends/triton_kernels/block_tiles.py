@@ -74,11 +74,27 @@ ROWS = (
     BlockRow("any", "layer_norm", 16, _ANY, BlockTile(4, 0, 1, 1)),
     BlockRow("any", "layer_norm", 32, 96, BlockTile(16, 0, 4, 1)),
     BlockRow("any", "layer_norm", 32, _ANY, BlockTile(4, 0, 1, 1)),
+    BlockRow("any", "layer_norm_backward", 16, 64, BlockTile(32, 0, 4, 1)),
+    BlockRow("any", "layer_norm_backward", 16, 128, BlockTile(16, 0, 4, 1)),
+    BlockRow("any", "layer_norm_backward", 16, 256, BlockTile(8, 0, 4, 1)),
+    BlockRow("any", "layer_norm_backward", 16, _ANY, BlockTile(4, 0, 4, 1)),
+    BlockRow("any", "layer_norm_backward", 32, 128, BlockTile(8, 0, 4, 1)),
+    BlockRow("any", "layer_norm_backward", 32, _ANY, BlockTile(4, 0, 4, 1)),
     BlockRow("any", "image_conv", 16, _ANY, BlockTile(128, 0, 4, 1, block_k=32)),
     BlockRow("sm_90", "conv3x3s2_norm", 16, 96, BlockTile(128, 0, 4, 4, block_k=32)),
     BlockRow("any", "conv3x3s2_norm", 16, _ANY, BlockTile(64, 0, 4, 3, block_k=64)),
 )
 KERNELS = tuple(dict.fromkeys(row.kernel for row in ROWS))
+
+
+_MOST_PROGRAMS = 1056  # of the norm's backward: eight for each multiprocessor of an H100
+
+
+def programs_of_backward(blocks: int) -> int:
+    """Of layer_norm_bwd, each with an equal share of the blocks of rows: from their number alone, so that sums keep
+    their order on every GPU."""
+    shares = max(1, min(_MOST_PROGRAMS, blocks // 4))
+    return -(-blocks // -(-blocks // shares)) if blocks else 0
 
 
 @functools.cache
