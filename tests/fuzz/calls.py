@@ -241,7 +241,7 @@ def split_gated_cnn_block(d):  # a GPU's: to be refused
 
 def layer_norm_act(d):  # likewise
     dim = d.size()
-    return [torch.randn(*d.pixels(), dim), d.maybe(dim), torch.randn(dim), torch.randn(dim), d.eps(), d.act()]
+    return [torch.randn(*d.pixels(), dim), d.maybe(dim), torch.randn(dim), torch.randn(dim), d.eps(), d.act(), None]
 
 
 def layer_norm_act_backward(d):  # likewise

@@ -216,6 +216,7 @@ BY_TYPE: dict[str, Callable[[Draw, Any], Any]] = {
     "bool": lambda d, given: d.choice((not given, 2, None)),
     "str": text,
     "ScalarType": lambda d, given: d.choice((*DTYPES, None)),
+    "Optional[ScalarType]": lambda d, given: d.choice((*DTYPES, None, "float32")),
 }
 
 
@@ -228,7 +229,8 @@ def generator(op: Any, argument: Any) -> Callable[[Draw, Any], Any]:
 
 def some_arguments(d: Draw, op: Any) -> list:
     """Of an op of which nothing is known but its schema."""
-    plain = {"List[Tensor]": [], "int": 1, "float": 1e-6, "bool": False, "str": "gelu", "ScalarType": torch.float32}
+    plain = {"List[Tensor]": [], "int": 1, "float": 1e-6, "bool": False, "str": "gelu", "ScalarType": torch.float32,
+             "Optional[ScalarType]": None}  # fmt: skip
     of_type = lambda a: any_tensor(d) if "Tensor" in str(a.type) else plain[str(a.real_type)]  # noqa: E731
     return [[any_tensor(d)] if str(a.type) == "List[Tensor]" else of_type(a) for a in op._schema.arguments]
 
