@@ -4,6 +4,7 @@
 #include "generic_kernel_size.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
+#include "split_backward.h"
 
 namespace mambaout_kernels::cuda {
 namespace {
@@ -37,13 +38,53 @@ bool with_traits(const GatedDwconvShape& shape, bool aligned, F f) {
   }
 }
 
+template <typename T>
+void sum_slots(const GatedDwconvBackward& call, const float* partials, int slots, cudaStream_t stream) {
+  const GatedDwconvShape& shape = call.shape;
+  SumPartialsArgs<T> sums;
+  sums.partials = partials;
+  sums.slots = slots;
+  sums.taps = shape.K * shape.K + 1;
+  sums.C = static_cast<int>(shape.C);
+  sums.dweight = call.dweight;
+  sums.dbias = call.dbias;
+  sums.weight_is_float32 = shape.weight_dtype == DType::kFloat32;
+  sums.bias_is_float32 = shape.bias_dtype == DType::kFloat32;
+  sum_partials(sums, stream);
+}
+
+template <typename T>
+void split_backward(const GatedDwconvBackward& call, void* workspace, const Device& device, void* stream) {
+  constexpr DType kDType = DType::MAMBAOUT_DTYPE;
+  const GatedDwconvShape& shape = call.shape;
+  const DepthwiseShape conv{shape.N,         shape.H, shape.W, shape.C, shape.K, shape.dtype, shape.weight_dtype,
+                            shape.bias_dtype};
+  const T* const c = static_cast<const T*>(call.u.data) + (2 * shape.D - shape.C);
+  T* const dc = static_cast<T*>(call.du) + (2 * shape.D - shape.C);
+  auto* const partials = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + split_buffer_bytes(shape));
+  depthwise_as<kDType>({conv, c, call.u.stride_w, call.weight, call.bias, workspace, shape.C, false}, device, stream);
+  gate_backward_as<kDType>(call, workspace, stream);
+  depthwise_as<kDType>({conv, workspace, shape.C, call.weight, nullptr, dc, 2 * shape.D, true}, device, stream);
+  weight_gradient_as<kDType>(call, workspace, partials, stream);
+  sum_slots<T>(call, partials, weight_gradient_slots(shape), static_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 template <>
-void backward_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvBackward& call, void* workspace, void* stream_) {
+void backward_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvBackward& call, void* workspace, const Device& device,
+                                        void* stream_, BackwardPath path) {
   using T = ElementOf<DType::MAMBAOUT_DTYPE>::type;
   const GatedDwconvShape& shape = call.shape;
   const auto stream = static_cast<cudaStream_t>(stream_);
+  const bool aligned = aligned_16<T>(shape) && aligned_16<T>(call.u.data, call.u.stride_w) &&
+                       aligned_16<T>(call.dy.data, call.dy.stride_w) && aligned_16<T>(call.du, 2 * shape.D);
+  if (path == BackwardPath::kSplit && !(aligned && can_split(shape))) {
+    throw std::runtime_error("gated_dwconv: the split backward does not take this call");
+  }
+  if (path == BackwardPath::kSplit || (path == BackwardPath::kChosen && aligned && prefers_split(shape))) {
+    return split_backward<T>(call, workspace, device, stream_);
+  }
   BackwardArgs<T> args{};
   args.N = static_cast<int>(shape.N);
   args.H = static_cast<int>(shape.H);
@@ -61,8 +102,6 @@ void backward_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvBackward& call, void* w
   args.bias_is_float32 = shape.bias_dtype == DType::kFloat32;
   args.du = static_cast<T*>(call.du);
   args.partials = static_cast<float*>(workspace);
-  const bool aligned = aligned_16<T>(shape) && aligned_16<T>(args.u, args.u_pitch) &&
-                       aligned_16<T>(args.dy, args.dy_pitch) && aligned_16<T>(args.du, 2 * shape.D);
   const bool own = with_traits<T>(shape, aligned, [&](auto traits) {
     using Traits = decltype(traits);
     args.tiling = tiling_of<Traits>(shape);
@@ -70,17 +109,7 @@ void backward_as<DType::MAMBAOUT_DTYPE>(const GatedDwconvBackward& call, void* w
                   Traits::shared_bytes(args.tiling), stream, args);
   });
   if (!own) generic_kernel_size_backward(args, shape.K, stream);
-  if (shape.C == 0) return;
-  SumPartialsArgs<T> sums;
-  sums.partials = args.partials;
-  sums.slots = partial_slots(shape);
-  sums.taps = shape.K * shape.K + 1;
-  sums.C = args.C;
-  sums.dweight = call.dweight;
-  sums.dbias = call.dbias;
-  sums.weight_is_float32 = args.weight_is_float32;
-  sums.bias_is_float32 = args.bias_is_float32;
-  sum_partials(sums, stream);
+  if (shape.C > 0) sum_slots<T>(call, args.partials, partial_slots(shape), stream);
 }
 
 template <>

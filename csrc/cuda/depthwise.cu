@@ -49,7 +49,9 @@ void depthwise_as<DType::MAMBAOUT_DTYPE>(const Depthwise& call, const Device& de
   args.bias = call.bias;
   args.weight_is_float32 = shape.weight_dtype == DType::kFloat32;
   args.bias_is_float32 = shape.bias_dtype == DType::kFloat32;
+  args.flipped = call.flipped;
   args.s = static_cast<T*>(call.s);
+  args.s_pitch = static_cast<int>(call.s_spacing);
   with_traits<T>(device, [&](auto traits) {
     using Traits = decltype(traits);
     args.tiling = tiling_of<Traits>(shape, device);

@@ -1,5 +1,7 @@
 // s[.., c] = sum_{kh,kw} weight[c,kh,kw] * x[h+kh-R, w+kw-R, c] + bias[c]
 //
+// flipped: with weight[c,K-1-kh,K-1-kw], which turns a gradient by s into one by x.
+//
 // The forward kernel (forward.cuh) without gate and identity channels; all accesses are 16 bytes wide. One block: the
 // strips and chunks of its tile (tiling.h), from the top of a segment of rows to its end. Every step adds one row of x
 // to K rows of sums in registers (conv_rows.cuh), while the kStages - 1 rows behind it are on their way to a ring in
@@ -19,9 +21,10 @@ struct DepthwiseArgs {
   const T* x;  // (N, H, W, C), pixels x_pitch elements apart
   int x_pitch;
   const void* weight;  // (C, 1, K, K)
-  const void* bias;    // (C,)
-  bool weight_is_float32, bias_is_float32;
-  T* s;  // (N, H, W, C)
+  const void* bias;    // (C,), or null
+  bool weight_is_float32, bias_is_float32, flipped;
+  T* s;  // (N, H, W, C), pixels s_pitch elements apart
+  int s_pitch;
 };
 
 template <typename T_, int K_, int kLanes_, int kStrip_>
@@ -81,8 +84,15 @@ __device__ __forceinline__ void depthwise(const DepthwiseArgs<typename Traits::T
                         min(tiling.chunks * kChunk, args.C - first));
     __syncthreads();
     if (staging) {
-      read_weights<K, Traits::kLanes>(staged + chunk * kChunk * K * K, c, weight);
-      bias = load_bias<T, Traits::kLanes>(args.bias, args.bias_is_float32, c0 + c, args.C);
+      const float* const of_chunk = staged + chunk * kChunk * K * K;
+      if (args.flipped) {
+        read_weights<K, Traits::kLanes, true>(of_chunk, c, weight);
+      } else {
+        read_weights<K, Traits::kLanes>(of_chunk, c, weight);
+      }
+      if (args.bias != nullptr) {
+        bias = load_bias<T, Traits::kLanes>(args.bias, args.bias_is_float32, c0 + c, args.C);
+      }
     }
     __syncthreads();
     clear_shared(ring, Traits::ring_bytes(tiling));
@@ -94,7 +104,8 @@ __device__ __forceinline__ void depthwise(const DepthwiseArgs<typename Traits::T
   const int first = max(place.h0 - R, 0), end = min(place.h1 + R, H), missing = place.h1 + R - end;
   const int worker = threadIdx.x - chunk * tiling.strips * kGroup;
   const RowCopy<T, true, kGroup, kStrip, K - 1> copy(worker, tiling.strips, place.w0, W, channels, args.x_pitch);
-  const std::int64_t x_row = static_cast<std::int64_t>(W) * args.x_pitch, s_row = static_cast<std::int64_t>(W) * args.C;
+  const std::int64_t x_row = static_cast<std::int64_t>(W) * args.x_pitch;
+  const std::int64_t s_row = static_cast<std::int64_t>(W) * args.s_pitch;
   int ahead = staging ? (place.n1 - place.n0) * (end - first) : 0;  // rows that are not yet asked for
   const T* from = args.x + ((static_cast<std::int64_t>(place.n0) * H + first) * W + place.w0) * args.x_pitch + c0;
   const auto stage_next = [&](int slot) {
@@ -110,10 +121,10 @@ __device__ __forceinline__ void depthwise(const DepthwiseArgs<typename Traits::T
   const int packet_pixel = lane / kPackets, packet_channel = lane % kPackets * Wide::kChannels;
   const int stored = convolving && packet_channel < channels ? pixels - packet_pixel : 0;
   T* const packets = output + packet_pixel * kChunk + packet_channel;
-  T* to =
-      args.s +
-      ((static_cast<std::int64_t>(place.n0) * H + place.h0) * W + place.w0 + strip * kStrip + packet_pixel) * args.C +
-      c0 + packet_channel;
+  T* to = args.s +
+          ((static_cast<std::int64_t>(place.n0) * H + place.h0) * W + place.w0 + strip * kStrip + packet_pixel) *
+              args.s_pitch +
+          c0 + packet_channel;
   const auto yield = [&](const Values(&sums)[kStrip]) {
     if (convolving) {
 #pragma unroll
@@ -122,7 +133,7 @@ __device__ __forceinline__ void depthwise(const DepthwiseArgs<typename Traits::T
     __syncwarp();
 #pragma unroll
     for (int s = 0; s < kStrip; s += kTogether) {
-      if (s < stored && s + packet_pixel < kStrip) Wide::load_shared(packets + s * kChunk).store(to + s * args.C);
+      if (s < stored && s + packet_pixel < kStrip) Wide::load_shared(packets + s * kChunk).store(to + s * args.s_pitch);
     }
     __syncwarp();
     to += s_row;

@@ -22,18 +22,21 @@ struct Depthwise {
   const void* x;           // (N, H, W, C), channels dense
   std::int64_t x_spacing;  // elements from one pixel to the next, all evenly spaced
   const void* weight;      // (C, 1, K, K) contiguous
-  const void* bias;        // (C,)
-  void* s;                 // (N, H, W, C) contiguous
+  const void* bias;        // (C,), or null: none
+  void* s;                 // (N, H, W, C), channels dense
+  std::int64_t s_spacing;  // as x_spacing
+  bool flipped;            // the filter rotated by 180 degrees
 };
 
 // No fp64; K of kDepthwiseKernelSize; C up to kMostChannels; up to kMostPixels pixels, and fewer than 2^31 values in a
 // row of s.
 bool supported(const DepthwiseShape& shape);
-// Whether every pixel of x and s begins and ends at a multiple of 16 bytes. x_spacing: up to kMostSpacing.
+// Whether every pixel of x, and of a contiguous s, begins and ends at a multiple of 16 bytes. x_spacing: up to
+// kMostSpacing.
 bool aligned(const DepthwiseShape& shape, const void* x, std::int64_t x_spacing);
 
 LaunchPlan depthwise_plan(const DepthwiseShape& shape, const Device& device);
-// As forward() in gated_dwconv_cuda.h. The shape is supported and x is aligned.
+// As forward() in gated_dwconv_cuda.h. The shape is supported, and x and s are aligned.
 void depthwise(const Depthwise& call, const Device& device, void* stream);
 
 }  // namespace mambaout_kernels::cuda

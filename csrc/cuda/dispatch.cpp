@@ -4,6 +4,7 @@
 #include "backward_tiling.h"
 #include "depthwise.h"
 #include "gated_dwconv_cuda.h"
+#include "split_backward.h"
 #include "typed_launch.h"
 
 namespace mambaout_kernels::cuda {
@@ -16,11 +17,19 @@ bool supported(const GatedDwconvShape& shape) {
 
 namespace {
 bool empty(const GatedDwconvShape& shape) { return shape.N == 0 || shape.H == 0 || shape.W == 0 || shape.D == 0; }
+std::int64_t partials_bytes(const GatedDwconvShape& shape, int slots) {
+  return std::int64_t{slots} * (shape.K * shape.K + 1) * shape.C * 4;
+}
 }  // namespace
 
-std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape) {
+std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape, BackwardPath path) {
   if (empty(shape) || shape.C == 0) return 0;
-  return std::int64_t{partial_slots(shape)} * (shape.K * shape.K + 1) * shape.C * 4;
+  const std::int64_t fused = partials_bytes(shape, partial_slots(shape));
+  const bool split =
+      path == BackwardPath::kSplit ? can_split(shape) : path == BackwardPath::kChosen && prefers_split(shape);
+  if (!split) return fused;
+  // Pointers decide too, which are not known here.
+  return std::max(fused, split_buffer_bytes(shape) + partials_bytes(shape, weight_gradient_slots(shape)));
 }
 
 namespace {
@@ -41,9 +50,9 @@ void forward(const GatedDwconvForward& args, const Device& device, void* stream)
   with_dtype(args.shape.dtype, [&](auto dtype) { forward_as<dtype.value>(args, device, stream); });
 }
 
-void backward(const GatedDwconvBackward& args, void* workspace, void* stream) {
+void backward(const GatedDwconvBackward& args, void* workspace, const Device& device, void* stream, BackwardPath path) {
   if (empty(args.shape)) return;
-  with_dtype(args.shape.dtype, [&](auto dtype) { backward_as<dtype.value>(args, workspace, stream); });
+  with_dtype(args.shape.dtype, [&](auto dtype) { backward_as<dtype.value>(args, workspace, device, stream, path); });
 }
 
 LaunchPlan forward_plan(const GatedDwconvShape& shape, const Device& device) {
@@ -54,6 +63,11 @@ LaunchPlan forward_plan(const GatedDwconvShape& shape, const Device& device) {
 LaunchPlan backward_plan(const GatedDwconvShape& shape) {
   if (empty(shape)) return {};
   return with_dtype(shape.dtype, [&](auto dtype) { return backward_plan_as<dtype.value>(shape); });
+}
+
+LaunchPlan weight_gradient_plan(const GatedDwconvShape& shape) {
+  if (empty(shape) || !can_split(shape)) return {};
+  return with_dtype(shape.dtype, [&](auto dtype) { return weight_gradient_plan_as<dtype.value>(shape); });
 }
 
 bool supported(const DepthwiseShape& shape) {

@@ -27,15 +27,21 @@ struct LaunchPlan {
   int bytes_ahead;                   // that a block has under way from global memory while it computes
 };
 LaunchPlan forward_plan(const GatedDwconvShape& shape, const Device& device);
-LaunchPlan backward_plan(const GatedDwconvShape& shape);
+LaunchPlan backward_plan(const GatedDwconvShape& shape);         // of the one kernel
+LaunchPlan weight_gradient_plan(const GatedDwconvShape& shape);  // of the split path; all 0 where there is none
 
-// Scratch device memory of a backward launch, for the partial sums of dweight and dbias; its size depends on the shape
-// alone, and so does the order of the sums. An empty u leaves dweight and dbias to the caller.
-std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape);
+// One kernel (backward.cuh), or several (split_backward.h); for measurements and tests a call may name one.
+enum class BackwardPath : int { kChosen = 0, kFused = 1, kSplit = 2 };
+
+// Scratch device memory of a backward launch, which begins at a multiple of 16 bytes: for the partial sums of dweight
+// and dbias and, of the split path, e. Its size depends on the shape alone, and the order of the sums on the shape and
+// the path. An empty u leaves dweight and dbias to the caller.
+std::int64_t backward_workspace_bytes(const GatedDwconvShape& shape, BackwardPath path = BackwardPath::kChosen);
 
 // Starts the kernels on `stream` (a cudaStream_t) of the current device and returns; nothing is allocated.
-// std::runtime_error where a launch fails.
+// std::runtime_error where a launch fails, or the path that is asked for does not take the call.
 void forward(const GatedDwconvForward& args, const Device& device, void* stream);
-void backward(const GatedDwconvBackward& args, void* workspace, void* stream);
+void backward(const GatedDwconvBackward& args, void* workspace, const Device& device, void* stream,
+              BackwardPath path = BackwardPath::kChosen);
 
 }  // namespace mambaout_kernels::cuda

@@ -92,13 +92,7 @@ struct IdentityBackward {
       const IdentityPlace place = at(b);
       if (place.u < 0) continue;
       P dg{}, di{};
-#pragma unroll
-      for (int pair = 0; pair < P::kPairs; ++pair) {
-        const auto both = gate.both(g[b].get(pair));
-        const auto upstream = dy[b].get(pair);
-        dg.set(pair, upstream * i[b].get(pair) * both.slope);
-        di.set(pair, upstream * both.value);
-      }
+      gated_gradients(gate, g[b], i[b], dy[b], dg, di);
       dg.store(du + place.y);
       di.store(du + D + place.y);
     }

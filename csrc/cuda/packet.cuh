@@ -16,6 +16,7 @@ struct Packet<T, true> {
   uint4 bits;
 
   __device__ __forceinline__ static Packet load(const T* from) { return {load_global_16(from)}; }
+  __device__ __forceinline__ static Packet load_written(const T* from) { return {load_written_16(from)}; }
   __device__ __forceinline__ static Packet load_shared(const T* from) {
     return {*reinterpret_cast<const uint4*>(from)};
   }
@@ -76,6 +77,18 @@ __device__ __forceinline__ P gated(Gate, const P& g, const P& i) {
 #pragma unroll
   for (int pair = 0; pair < P::kPairs; ++pair) y.set_product(pair, Gate::value(g.get(pair)), i);
   return y;
+}
+
+// dg = dy * i * act'(g) and di = dy * act(g)
+template <typename Gate, typename P>
+__device__ __forceinline__ void gated_gradients(Gate, const P& g, const P& i, const P& dy, P& dg, P& di) {
+#pragma unroll
+  for (int pair = 0; pair < P::kPairs; ++pair) {
+    const auto both = Gate::both(g.get(pair));
+    const auto upstream = dy.get(pair);
+    dg.set(pair, upstream * i.get(pair) * both.slope);
+    di.set(pair, upstream * both.value);
+  }
 }
 
 }  // namespace mambaout_kernels::cuda

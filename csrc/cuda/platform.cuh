@@ -49,6 +49,15 @@ __device__ __forceinline__ uint4 load_global_16(const void* from) {
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
+// Of memory that the same kernel writes.
+__device__ __forceinline__ uint4 load_written_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
 template <typename T>
 __device__ __forceinline__ T load_global(const T* from) {
   if constexpr (sizeof(T) == 4) {

@@ -146,15 +146,16 @@ __device__ __forceinline__ void stage_weights(float* to, const void* weight, boo
   commit_copies();
   wait_copies<0>();
 }
-// All taps of this thread's channels, the first of which is `channel` of the chunk.
-template <int K, int kLanes>
+// All taps of this thread's channels, the first of which is `channel` of the chunk. kFlipped: the last tap first.
+template <int K, int kLanes, bool kFlipped = false>
 __device__ __forceinline__ void read_weights(const float* from, int channel, Lanes<kLanes> (&weight)[K * K]) {
 #pragma unroll
   for (int tap = 0; tap < K * K; ++tap) {
+    const int at = channel * K * K + (kFlipped ? K * K - 1 - tap : tap);
     if constexpr (kLanes == 1) {
-      weight[tap] = {from[channel * K * K + tap]};
+      weight[tap] = {from[at]};
     } else {
-      weight[tap] = {make_float2(from[channel * K * K + tap], from[(channel + 1) * K * K + tap])};
+      weight[tap] = {make_float2(from[at], from[at + K * K])};
     }
   }
 }

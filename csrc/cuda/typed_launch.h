@@ -1,5 +1,5 @@
-// One element type per translation unit, so that they compile side by side: forward.cu, backward.cu and depthwise.cu
-// are built once for each, with MAMBAOUT_DTYPE set.
+// One element type per translation unit, so that they compile side by side: all of them (CMakeLists.txt) but
+// dispatch.cpp are built once for each, with MAMBAOUT_DTYPE set.
 #pragma once
 
 #include "depthwise.h"
@@ -14,7 +14,15 @@ LaunchPlan forward_plan_as(const GatedDwconvShape& shape, const Device& device);
 template <DType dtype>
 LaunchPlan backward_plan_as(const GatedDwconvShape& shape);
 template <DType dtype>
-void backward_as(const GatedDwconvBackward& args, void* workspace, void* stream);
+void backward_as(const GatedDwconvBackward& args, void* workspace, const Device& device, void* stream,
+                 BackwardPath path);
+// Of the split backward. e: in place of s, (N, H, W, C); partials: [slot][K * K + 1][C].
+template <DType dtype>
+void gate_backward_as(const GatedDwconvBackward& args, void* e, void* stream);
+template <DType dtype>
+void weight_gradient_as(const GatedDwconvBackward& args, const void* e, float* partials, void* stream);
+template <DType dtype>
+LaunchPlan weight_gradient_plan_as(const GatedDwconvShape& shape);
 template <DType dtype>
 void depthwise_as(const Depthwise& call, const Device& device, void* stream);
 template <DType dtype>

@@ -102,8 +102,8 @@ Tensor gated_dwconv(Tensor u, Tensor weight, Tensor bias, std::int64_t act) {
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Tensor weight, Tensor bias,
-                                                         std::int64_t act) {
+std::tuple<Tensor, Tensor, Tensor> backward_by(Tensor dy, Tensor u, Tensor weight, Tensor bias, std::int64_t act,
+                                               cuda::BackwardPath path) {
   const GatedDwconvShape shape = checked_cuda_shape(u, weight, bias, act);
   const std::int32_t device = u.get_device_index();
   check_cuda(dy, "dy", device);
@@ -121,12 +121,23 @@ std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Te
     torch::stable::zero_(dbias);
     return {du, dweight, dbias};
   }
-  Tensor workspace = torch::stable::new_empty(u, {cuda::backward_workspace_bytes(shape) / 4}, ScalarType::Float);
-  select(device);
+  Tensor workspace = torch::stable::new_empty(u, {cuda::backward_workspace_bytes(shape, path) / 4}, ScalarType::Float);
   cuda::backward({shape, evenly_spaced(dy), evenly_spaced(u), weight.const_data_ptr(), bias.const_data_ptr(),
                   du.mutable_data_ptr(), dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
-                 workspace.mutable_data_ptr(), current_stream(device));
+                 workspace.mutable_data_ptr(), select(device), current_stream(device), path);
   return {du, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward(Tensor dy, Tensor u, Tensor weight, Tensor bias,
+                                                         std::int64_t act) {
+  return backward_by(dy, u, weight, bias, act, cuda::BackwardPath::kChosen);
+}
+
+// By the path that is named, for measurements and tests.
+std::tuple<Tensor, Tensor, Tensor> gated_dwconv_backward_by(Tensor dy, Tensor u, Tensor weight, Tensor bias,
+                                                            std::int64_t act, std::int64_t path) {
+  STD_TORCH_CHECK(path >= 0 && path <= 2, "path must be 0 (chosen), 1 (fused) or 2 (split); got ", path);
+  return backward_by(dy, u, weight, bias, act, static_cast<cuda::BackwardPath>(path));
 }
 
 const char* name_of(DType dtype) {
@@ -199,7 +210,8 @@ Tensor depthwise(Tensor x, Tensor weight, Tensor bias) {
   Tensor s = torch::stable::new_empty(x, {shape.N, shape.H, shape.W, shape.C});
   if (empty) return s;
   const cuda::Depthwise call{
-      shape, x.const_data_ptr(), spacing, weight.const_data_ptr(), bias.const_data_ptr(), s.mutable_data_ptr()};
+      shape, x.const_data_ptr(), spacing, weight.const_data_ptr(), bias.const_data_ptr(), s.mutable_data_ptr(), shape.C,
+      false};
   cuda::depthwise(call, select(device), current_stream(device));
   return s;
 }
@@ -231,7 +243,8 @@ pybind11::dict described(const cuda::LaunchPlan& plan) {
   return result;
 }
 
-// {"forward": {...}, "backward": {...}} of a contiguous u in bytes and counts; for the audit.
+// {"forward": {...}, "backward": {...}} of a contiguous u in bytes and counts, backward by the one kernel; for the
+// audit. Where there is a split backward, "weight_gradient" too.
 pybind11::dict launch_plans(const std::array<std::int64_t, 6>& sizes, int element_bytes, int multiprocessors,
                             int major) {
   GatedDwconvShape shape{sizes[0],        sizes[1],
@@ -243,6 +256,8 @@ pybind11::dict launch_plans(const std::array<std::int64_t, 6>& sizes, int elemen
   pybind11::dict plans;
   plans["forward"] = described(cuda::forward_plan(shape, {multiprocessors, major}));
   plans["backward"] = described(cuda::backward_plan(shape));
+  const cuda::LaunchPlan weight_gradient = cuda::weight_gradient_plan(shape);
+  if (weight_gradient.threads > 0) plans["weight_gradient"] = described(weight_gradient);
   return plans;
 }
 
@@ -270,11 +285,15 @@ void register_gated_dwconv_cuda(const std::string& ops_namespace) {
         m.def(
             "gated_dwconv_backward_cuda(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act) -> (Tensor, "
             "Tensor, Tensor)");
+        m.def(
+            "gated_dwconv_backward_cuda_by(Tensor dy, Tensor u, Tensor weight, Tensor bias, int act, int path) -> "
+            "(Tensor, Tensor, Tensor)");
         m.def("depthwise_cuda(Tensor x, Tensor weight, Tensor bias) -> Tensor");
       },
       [](StableLibrary& m) {
         m.impl("gated_dwconv_cuda", TORCH_BOX(&gated_dwconv));
         m.impl("gated_dwconv_backward_cuda", TORCH_BOX(&gated_dwconv_backward));
+        m.impl("gated_dwconv_backward_cuda_by", TORCH_BOX(&gated_dwconv_backward_by));
         m.impl("depthwise_cuda", TORCH_BOX(&depthwise));
       });
 }

@@ -177,15 +177,15 @@ cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 // --- the launches ---
 namespace mambaout_kernels::cuda {
 
-// By their names for the linker: forward(const GatedDwconvForward&, const Device&, void*), and backward.
+// By their names for the linker.
 void run_forward(const GatedDwconvForward&, const Device&,
                  void*) __asm__("__real__ZN16mambaout_kernels4cuda7forwardERKNS_18GatedDwconvForwardERKNS0_6DeviceEPv");
 void record_forward(const GatedDwconvForward&, const Device&, void*) __asm__(
     "__wrap__ZN16mambaout_kernels4cuda7forwardERKNS_18GatedDwconvForwardERKNS0_6DeviceEPv");
-void run_backward(const GatedDwconvBackward&, void*,
-                  void*) __asm__("__real__ZN16mambaout_kernels4cuda8backwardERKNS_19GatedDwconvBackwardEPvS4_");
-void record_backward(const GatedDwconvBackward&, void*,
-                     void*) __asm__("__wrap__ZN16mambaout_kernels4cuda8backwardERKNS_19GatedDwconvBackwardEPvS4_");
+void run_backward(const GatedDwconvBackward&, void*, const Device&, void*, BackwardPath) __asm__(
+    "__real__ZN16mambaout_kernels4cuda8backwardERKNS_19GatedDwconvBackwardEPvRKNS0_6DeviceES4_NS0_12BackwardPathE");
+void record_backward(const GatedDwconvBackward&, void*, const Device&, void*, BackwardPath) __asm__(
+    "__wrap__ZN16mambaout_kernels4cuda8backwardERKNS_19GatedDwconvBackwardEPvRKNS0_6DeviceES4_NS0_12BackwardPathE");
 
 void record_forward(const GatedDwconvForward& call, const Device& device, void* stream) {
   const GatedDwconvShape& shape = call.shape;
@@ -204,7 +204,8 @@ void record_forward(const GatedDwconvForward& call, const Device& device, void* 
   run_forward(call, device, stream);
 }
 
-void record_backward(const GatedDwconvBackward& call, void* workspace, void* stream) {
+void record_backward(const GatedDwconvBackward& call, void* workspace, const Device& device, void* stream,
+                     BackwardPath path) {
   const GatedDwconvShape& shape = call.shape;
   record("backward", {{"u", number(call.u.data)},
                       {"u_spacing", call.u.stride_w},
@@ -216,7 +217,10 @@ void record_backward(const GatedDwconvBackward& call, void* workspace, void* str
                       {"dweight", number(call.dweight)},
                       {"dbias", number(call.dbias)},
                       {"workspace", number(workspace)},
-                      {"workspace_bytes", backward_workspace_bytes(shape)},
+                      {"workspace_bytes", backward_workspace_bytes(shape, path)},
+                      {"multiprocessors", device.multiprocessors},
+                      {"major", device.major},
+                      {"path", static_cast<int>(path)},
                       {"stream", number(stream)}});
   if (fails("launch")) throw std::runtime_error("gated_dwconv: launch: out of luck");
   if (empty(shape)) return;
@@ -225,9 +229,9 @@ void record_backward(const GatedDwconvBackward& call, void* workspace, void* str
   require_new(call.du, shape.N * shape.H * shape.W * 2 * shape.D * bytes_of(shape.dtype), "du");
   require_new(call.dweight, shape.C * shape.K * shape.K * bytes_of(shape.weight_dtype), "dweight");
   require_new(call.dbias, shape.C * bytes_of(shape.bias_dtype), "dbias");
-  require_new(workspace, backward_workspace_bytes(shape), "the workspace");
-  require(number(workspace) % 4 == 0, "the workspace", "is not aligned");
-  run_backward(call, workspace, stream);
+  require_new(workspace, backward_workspace_bytes(shape, path), "the workspace");
+  require(number(workspace) % 16 == 0, "the workspace", "is not aligned");
+  run_backward(call, workspace, device, stream, path);
 }
 
 // Likewise depthwise(const Depthwise&, const Device&, void*).

@@ -20,7 +20,6 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
-UNITS = ("forward.cu", "backward.cu", "depthwise.cu")
 NAMESPACE = "mambaout_kernels_stand_in"  # beside those of a compiled module
 
 
@@ -54,7 +53,7 @@ def _build() -> Path:
         own = list(pool.map(lambda source: str(host.compiled(source, flags, *headers)), sources))
     replaced = sorted(set(re.findall(r"__wrap_(\w+)", sources[1].read_text())))
     wraps = [f"-Wl,--wrap={name}" for name in replaced]
-    command = ["g++", "-shared", *own, *host.objects(units=UNITS), *wraps, TORCH / "lib" / "libtorch_cpu.so"]
+    command = ["g++", "-shared", *own, *host.objects(), *wraps, TORCH / "lib" / "libtorch_cpu.so"]
     name = hashlib.sha256(" ".join(map(str, command)).encode()).hexdigest()[:24]
     library = host.built() / f"binding-{name}.so"
     if not library.exists():
@@ -87,6 +86,7 @@ class StandIn:
             ops.gated_dwconv_cuda.default,
             ops.gated_dwconv_backward_cuda.default,
             ops.depthwise_cuda.default,
+            ops.gated_dwconv_backward_cuda_by.default,
         )
 
     def begin(

@@ -44,7 +44,7 @@ int main() {
   const Memory s(pixels * shape.C * element, 0, before * shape.C);
   if (before == 0) cuda_host::watch::observe(s.data(), s.bytes());
   if (!cuda::aligned(shape, x.data(), call.x_pitch)) cuda_host::fail("x is not aligned");
-  cuda::depthwise({shape, x.data(), call.x_pitch, weight.data(), bias.data(), s.data()},
+  cuda::depthwise({shape, x.data(), call.x_pitch, weight.data(), bias.data(), s.data(), shape.C, false},
                   {static_cast<int>(call.multiprocessors), static_cast<int>(call.major)}, nullptr);
   s.write();
   if (cuda_host::watch::conflicts() > 0) {

@@ -22,6 +22,8 @@ from mambaout_kernels.reference import ACTIVATIONS
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, HERE = ROOT / "csrc", Path(__file__).resolve().parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+UNITS = ("forward.cu", "backward.cu", "depthwise.cu", "gate_backward.cu", "weight_gradient.cu")  # of the op
+FUSED, SPLIT = 1, 2  # ways through backward (cuda::BackwardPath)
 TYPED_UNITS = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16", torch.float16: "kFloat16"}
 
 # What each way of building tells the compiler of csrc/cuda and of the shim. "races": the compiler calls watch.cpp at
@@ -108,7 +110,7 @@ def compiled(source: Path, flags: tuple[str, ...], *headers_in: Path) -> Path:
 def objects(
     check: str = "plain",
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
-    units: tuple[str, ...] = ("forward.cu", "backward.cu"),
+    units: tuple[str, ...] = UNITS,
     kernels: Path = KERNELS / "cuda",
     callers: tuple[str, ...] = (),
 ) -> list[str]:
@@ -129,7 +131,7 @@ def objects(
 def build(
     check: str = "plain",
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
-    units: tuple[str, ...] = ("forward.cu", "backward.cu"),
+    units: tuple[str, ...] = UNITS,
     kernels: Path = KERNELS / "cuda",
     caller: str = "program",
 ) -> Path:
@@ -186,22 +188,23 @@ def run(
     images_before: int = 0,
     last_blocks: int = 0,
     weight_offset: int = 0,
+    path: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, du, dweight, dbias); all but y are NaN without backward.
 
     spare: elements between the pixels of u and of dy. offset, weight_offset: elements from an address that is a
     multiple of 16 bytes to the first. images_before: images of zeros that go before the inputs. last_blocks: only
-    these of every launch are run; 0: all.
+    these of every launch are run; 0: all. path: FUSED, SPLIT, or 0, what the call itself chooses.
     """
     u, weight, bias = inputs
     N, H, W, D = inputs.dy.shape
     C, K = weight.shape[0], weight.shape[2]
     u_pitch, dy_pitch = 2 * D + spare[0], D + spare[1]
     call = struct.pack(
-        "23q", N + images_before, H, W, D, C, K, ACTIVATIONS.index(act),
+        "24q", N + images_before, H, W, D, C, K, ACTIVATIONS.index(act),
         DTYPES[u.dtype], DTYPES[weight.dtype], DTYPES[bias.dtype],
         u_pitch, dy_pitch, *offset, *astuple(device), *astuple(schedule), backward,
-        images_before, last_blocks, weight_offset,
+        images_before, last_blocks, weight_offset, path,
     )  # fmt: skip
     stream = call + spread(u, u_pitch) + spread(inputs.dy, dy_pitch) + bytes_of(weight) + bytes_of(bias)
     output = output_of(program, stream)

@@ -26,6 +26,7 @@ struct Call {
   std::int64_t images_before;              // of N: zeros, neither read nor written here
   std::int64_t last_blocks;                // cuda_host::Behaviour
   std::int64_t weight_offset;              // elements from an address that is a multiple of 16 bytes
+  std::int64_t path;                       // cuda::BackwardPath
 };
 
 }  // namespace
@@ -64,16 +65,19 @@ int main() {
   const Memory y(pixels * shape.D * element, 0, before * shape.D);
   const Memory du(pixels * 2 * shape.D * element, 0, before * 2 * shape.D);
   const Memory dweight(weight.bytes(), 0), dbias(bias.bytes(), 0);
-  const Memory workspace(cuda::backward_workspace_bytes(shape), 0);
+  const auto path = static_cast<cuda::BackwardPath>(call.path);
+  const std::int64_t workspace_bytes = cuda::backward_workspace_bytes(shape, path);
+  // Under images of zeros e is as far from its beginning as they are in u.
+  const Memory workspace(workspace_bytes, 0, call.images_before > 0 ? workspace_bytes : 0);
   for (const Memory* output : {&y, &du, &dweight, &dbias, &workspace}) {
     if (before == 0) cuda_host::watch::observe(output->data(), output->bytes());
   }
-  cuda::forward({shape, view(u, call.u_pitch), weight.data(), bias.data(), y.data()},
-                {static_cast<int>(call.multiprocessors), static_cast<int>(call.major)}, nullptr);
+  const cuda::Device device{static_cast<int>(call.multiprocessors), static_cast<int>(call.major)};
+  cuda::forward({shape, view(u, call.u_pitch), weight.data(), bias.data(), y.data()}, device, nullptr);
   if (call.backward != 0) {
     cuda::backward({shape, view(dy, call.dy_pitch), view(u, call.u_pitch), weight.data(), bias.data(), du.data(),
                     dweight.data(), dbias.data()},
-                   workspace.data(), nullptr);
+                   workspace.data(), device, nullptr, path);
   }
   for (const Memory* output : {&y, &du, &dweight, &dbias}) output->write();
   if (cuda_host::watch::conflicts() > 0) {

@@ -108,6 +108,7 @@ inline uint4 load_global_16(const void* from) {
   cuda_host::require_aligned(from, 16);
   return *static_cast<const uint4*>(from);
 }
+inline uint4 load_written_16(const void* from) { return load_global_16(from); }
 template <typename T>
 T load_global(const T* from) {
   return *from;

@@ -1,0 +1,233 @@
+"""The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numerics, memory and races, when it is taken."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from cuda_host import host
+from cuda_host.host import FUSED, SPLIT, Device, Fault, Schedule
+from numerics import OUTPUTS, Inputs, assert_accurate, assert_alike, expected_of, make_inputs
+
+from mambaout_kernels.audit import cuda as audit
+from mambaout_kernels.reference import ACTIVATIONS
+
+if host.missing():
+    pytest.skip(str(host.missing()), allow_module_level=True)
+
+DTYPES = list(host.DTYPES)
+LOW = [torch.bfloat16, torch.float16]
+FEW, TWO_CHANNELS = Device(multiprocessors=1), Device(148, 10)
+
+# N, H, W, D, C: each reaches a branch of its own
+SHAPES = {
+    "odd sizes": (2, 9, 11, 40, 24),
+    "one pixel": (1, 1, 1, 64, 40),
+    "one row": (1, 1, 65, 24, 16),
+    "one column": (1, 33, 1, 24, 16),
+    "filter larger than the image": (2, 2, 3, 24, 16),
+    "no identity channels": (1, 8, 9, 32, 32),
+    "a packet of channels": (3, 5, 6, 8, 8),
+    "a strip beyond the image": (1, 5, 30, 16, 8),
+    "a chunk beyond the channels": (1, 4, 5, 168, 160),
+    "more packets than a block has": (2, 1, 2, 8456, 8),
+    "segments of an image": (1, 30, 15, 24, 16),
+    "several images of a block": (531, 2, 3, 16, 8),
+    "one row of several images": (530, 1, 2, 8, 8),
+}
+STAGES = {
+    "stage 1": (1, 56, 56, 128, 96),
+    "stage 2": (1, 28, 28, 136, 104),
+    "stage 3": (2, 14, 14, 64, 32),
+    "stage 4": (3, 7, 7, 96, 96),
+}
+
+
+@functools.cache
+def case(shape, dtype, act, weight_dtype=None):
+    inputs = make_inputs(*shape, 7, dtype, weight_dtype)
+    return inputs, expected_of(inputs, act)
+
+
+def gradients(inputs, act="gelu", path=SPLIT, kind="plain", dtypes=tuple(DTYPES), **how):
+    return host.run(host.build(kind, dtypes), inputs, act, path=path, **how)[1:]
+
+
+def check(shape, dtype, act="gelu", weight_dtype=None, **how):
+    inputs, expected = case(shape, dtype, act, weight_dtype)
+    found = gradients(inputs, act, **how)
+    for output, ours, *beside in zip(OUTPUTS[1:], found, *(each[1:] for each in expected), strict=True):
+        try:
+            assert_accurate(ours, *beside)
+        except AssertionError as error:
+            raise AssertionError(f"{act}: {output}: {error}") from None
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_against_fp64(shape, dtype):
+    for act in ACTIVATIONS:
+        check(shape, dtype, act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", STAGES.values(), ids=STAGES)
+def test_stages(shape, dtype):
+    for device in (Device(), TWO_CHANNELS):
+        check(shape, dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES["odd sizes"], SHAPES["segments of an image"], STAGES["stage 3"]], ids=str)
+def test_beside_the_one_kernel(shape, dtype):
+    """The same sums in the same order, but for dg, where s is rounded once more, and for the weights' gradients."""
+    D, C = shape[3:]
+    for act in ACTIVATIONS:
+        inputs, _ = case(shape, dtype, act)
+        (du, *parameters), (fused, *of_fused) = gradients(inputs, act), gradients(inputs, act, FUSED)
+        assert torch.equal(du[..., D:], fused[..., D:])
+        assert torch.equal(du[..., : D - C], fused[..., : D - C])
+        for ours, theirs in zip((du, *parameters), (fused, *of_fused), strict=True):
+            assert_alike(ours, theirs, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_fp32_parameters_beside_low_precision(dtype):
+    for weight_offset in (0, 1):
+        found = check(SHAPES["odd sizes"], dtype, weight_dtype=torch.float32, weight_offset=weight_offset)
+        assert found[1].dtype == found[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [{"spare": (16, 8)}, {"spare": (0, 24)}, {"offset": (8, 16)}], ids=str)
+def test_slices(layout, dtype):
+    """NaN is between the pixels: nothing of it is used."""
+    for shape in (SHAPES["odd sizes"], SHAPES["several images of a block"]):
+        check(shape, dtype, **layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_schedule_and_device_gives_the_same_bits(dtype):
+    schedules = (Schedule(), Schedule(0, True), Schedule(1, False), Schedule(2, True))
+    for shape in (SHAPES["odd sizes"], SHAPES["several images of a block"]):
+        inputs, _ = case(shape, dtype, "gelu")
+        first = gradients(inputs)
+        for schedule, device in itertools.product(schedules, (Device(), FEW, TWO_CHANNELS)):
+            assert all(map(torch.equal, first, gradients(inputs, schedule=schedule, device=device)))
+
+
+@pytest.mark.parametrize("error", [-1, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_error_of_the_approximate_instructions(dtype, error):
+    for act in ACTIVATIONS:
+        check(SHAPES["odd sizes"], dtype, act, schedule=Schedule(error=error))
+
+
+CHECKED = {**SHAPES, "one row of several images": (530, 1, 1, 8, 8)}
+del CHECKED["several images of a block"], CHECKED["more packets than a block has"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", CHECKED.values(), ids=CHECKED)
+@pytest.mark.parametrize("kind", ["memory", "races"])
+def test_memory_and_races(kind, shape, dtype):
+    """As in test_cuda_host.py."""
+    how = {"kind": kind, "dtypes": (torch.float32, torch.bfloat16), "schedule": Schedule(2, kind == "memory")}
+    for device in (FEW, TWO_CHANNELS):
+        check(shape, dtype, device=device, **how)
+    check(shape, dtype, spare=(16, 8), weight_offset=1, **how)
+
+
+@pytest.mark.parametrize(("D", "C"), [(16384, 16), (8192, 8192)])
+def test_beyond_2_to_the_31_elements(D, C):
+    H, W = 3, 5
+    shape = (2, H, W, D, C)
+    inputs, expected = case(shape, torch.bfloat16, "gelu")
+    images = 2**31 // (H * W * C if C == D else H * W * D) + 1
+    # All channels of the last images: of the gates a pixel to a block, of the others 9 images to one at most.
+    blocks = max(2 * H * W, 4 * -(-C // 32))
+    found = gradients(inputs, images_before=images, last_blocks=blocks)[0]
+    assert_accurate(found, *(each[1] for each in expected))
+
+
+# N * H * W * C of 2^20, and one packet of channels less
+MOST, LESS = (64, 16, 16, 64, 64), (64, 16, 16, 64, 56)
+
+
+def path_taken(inputs, **how):
+    du = gradients(inputs, path=0, **how)[0]
+    fused, split = (gradients(inputs, path=path, **how)[0] for path in (FUSED, SPLIT))
+    assert not torch.equal(fused, split)
+    return {True: FUSED, False: SPLIT}[torch.equal(du, fused)] if not torch.equal(du, split) else SPLIT
+
+
+@pytest.mark.parametrize(("shape", "expected"), [(MOST, SPLIT), (LESS, FUSED)], ids=["enough", "less"])
+def test_which_path_is_chosen(shape, expected):
+    assert path_taken(make_inputs(*shape, 7, torch.bfloat16)) == expected
+
+
+def test_the_one_kernel_is_chosen_otherwise():
+    """Where the split one would have enough work: in fp32, with other filters, where something is not aligned."""
+    for shape, K, dtype, how in (
+        (MOST, 7, torch.float32, {}),
+        (MOST, 5, torch.bfloat16, {}),
+        (MOST, 7, torch.bfloat16, {"spare": (2, 0)}),
+        (MOST, 7, torch.bfloat16, {"offset": (0, 2)}),
+        ((*MOST[:3], 69, 65), 7, torch.bfloat16, {}),
+    ):
+        inputs = make_inputs(*shape, K, dtype)
+        chosen, fused = (gradients(inputs, "identity", path=path, **how) for path in (0, FUSED))
+        assert all(map(torch.equal, chosen, fused))
+
+
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ((1, 4, 5, 16, 8, 5), {}),
+        ((1, 4, 5, 16, 8, 9), {}),
+        ((1, 4, 5, 16, 0, 7), {}),
+        ((1, 4, 5, 20, 8, 7), {}),
+        ((1, 4, 5, 16, 4, 7), {}),
+        ((1, 4, 5, 16, 8, 7), {"spare": (2, 0)}),
+        ((1, 4, 5, 16, 8, 7), {"offset": (0, 2)}),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_take_is_refused(shape, how):
+    with pytest.raises(Fault, match="the split backward does not take this call"):
+        gradients(make_inputs(*shape, torch.bfloat16), **how)
+
+
+def test_no_sizes_touch_nothing():
+    inputs = make_inputs(0, 4, 4, 16, 8, 7, torch.bfloat16)
+    du, *parameters = gradients(inputs)
+    assert du.numel() == 0
+    assert all(each.isnan().all() for each in parameters)  # the caller's
+
+
+def test_dbias_and_dweight_of_ones_are_counts():
+    """Of the pixels that a tap meets within the image."""
+    N, H, W, C = 3, 9, 10, 8
+    ones = torch.ones(N, H, W, 2 * C)
+    inputs = Inputs(ones, torch.zeros(C, 1, 7, 7), torch.zeros(C), torch.ones(N, H, W, C))
+    _, dweight, dbias = gradients(inputs, "identity")
+    rows, columns = (torch.tensor([float(size - abs(k - 3)) for k in range(7)]) for size in (H, W))
+    assert torch.equal(dweight, (N * rows[:, None] * columns).expand(C, 1, 7, 7))
+    assert torch.equal(dbias, torch.full((C,), float(N * H * W)))
+
+
+@pytest.mark.skipif(audit.module_path() is None, reason="the CUDA module is not built: no nvcc")
+def test_small_images_share_a_block_of_the_weight_gradient():
+    """At the stages of mambaout_tiny a multiprocessor of an H100 has three blocks; and whatever the device."""
+    from mambaout_kernels import _C_cuda
+
+    for sizes in ((56, 56, 256, 96), (28, 28, 512, 192), (14, 14, 1024, 384), (7, 7, 1536, 576)):
+        plan, other = (
+            _C_cuda.launch_plans((128, *sizes, 7), 2, multiprocessors, 9)["weight_gradient"]
+            for multiprocessors in (132, 1)
+        )
+        assert plan == other
+        assert 2 * 132 < plan["blocks"] <= 3 * 132
+    assert "weight_gradient" not in _C_cuda.launch_plans((128, 7, 7, 64, 32, 5), 2, 132, 9)
+    assert _C_cuda.launch_plans((1, 56, 56, 256, 96, 7), 2, 132, 9)["weight_gradient"]["segments"] > 1
