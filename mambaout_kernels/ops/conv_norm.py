@@ -16,21 +16,24 @@ WIDEST = 1024  # channels that one program holds
 NARROW_CONV = 128  # output channels up to which the convolution is faster here than in cuDNN
 MOST_PIXELS = 2**31  # of images, which are counted in 32 bits
 
+# Of any strides: torch.compile would else give back to what a convolution made the strides that it has in eager mode.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
     "layer_norm_act(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps, str act, "
     "ScalarType? dtype=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 _library.define(
     "layer_norm_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, float eps, str act, bool normed) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 _library.define(
     "conv3x3s2_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, "
     "str act) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 
 

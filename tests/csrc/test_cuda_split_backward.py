@@ -1,4 +1,4 @@
-"""The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numerics, memory and races, when it is taken."""
+"""The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numbers, memory and races, when it is taken."""
 
 import functools
 import itertools
@@ -152,7 +152,7 @@ def test_beyond_2_to_the_31_elements(D, C):
 
 
 # N * H * W * C of 2^20, and one packet of channels less
-MOST, LESS = (64, 16, 16, 64, 64), (64, 16, 16, 64, 56)
+MOST, LESS = (32, 16, 16, 64, 64), (32, 16, 16, 64, 56)
 
 
 def path_taken(inputs, **how):
@@ -168,9 +168,8 @@ def test_which_path_is_chosen(shape, expected):
 
 
 def test_the_one_kernel_is_chosen_otherwise():
-    """Where the split one would have enough work: in fp32, with other filters, where something is not aligned."""
+    """Where the split one would have enough work: with other filters, and where something is not aligned."""
     for shape, K, dtype, how in (
-        (MOST, 7, torch.float32, {}),
         (MOST, 5, torch.bfloat16, {}),
         (MOST, 7, torch.bfloat16, {"spare": (2, 0)}),
         (MOST, 7, torch.bfloat16, {"offset": (0, 2)}),
