@@ -18,7 +18,9 @@ _ELEMENTS = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"
 _TYPED = "|".join(_ELEMENTS)
 _OWN_FILTER = re.compile(rf"gated_dwconv_(fwd|bwd)_kernel.*?TraitsI({_TYPED})Li(\d+)ELb([01])E(?:Li(\d)E)?Li(\d+)E")
 _DEPTHWISE = re.compile(rf"depthwise_kernel.*?TraitsI({_TYPED})Li(\d+)ELi(\d)ELi(\d+)E")
-_OTHER = re.compile(rf"(generic_kernel_size_(?:fwd|bwd|dweight)|sum_partials)_kernelI({_TYPED})E")
+_OTHER = re.compile(
+    rf"(generic_kernel_size_(?:fwd|bwd|dweight)|sum_partials|gate_backward|weight_gradient)_kernelI({_TYPED})E"
+)
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
 _BRANCHES = frozenset(("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BSYNC"))
 

@@ -218,8 +218,9 @@ def test_every_call_is_for_the_device_and_stream_of_u(card, device, current):
         for calls in (forward, backward):
             assert len(called(calls, "cudaSetDevice")) == len(called(calls, "stream")) == 1
             assert called(calls, *COPIES)
-        assert forward[-2]["multiprocessors"] == 100 + device  # as stand_in.cpp has them
-        assert forward[-2]["major"] == 8 + device % 3
+        for launch in (forward[-2], backward[-2]):
+            assert launch["multiprocessors"] == 100 + device  # as stand_in.cpp has them
+            assert launch["major"] == 8 + device % 3
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 9, 30, 40, 33, 7)], ids=str)
@@ -231,6 +232,29 @@ def test_the_workspace_is_as_large_as_asked_for(card, shape):
     assert launch["workspace_bytes"] in sizes
     assert launch["workspace_bytes"] % 4 == 0
     assert (launch["workspace_bytes"] > 0) == (shape[4] > 0)
+
+
+@pytest.mark.parametrize("path", [0, 1, 2])
+def test_backward_takes_the_path_that_is_named(card, path):
+    inputs, expected = case((2, 5, 6, 24, 16, 7), torch.bfloat16, "gelu")
+    card.begin(3, 1)
+    found = card.ops[3](inputs.dy, *inputs, 0, path)
+    check_outputs("cuda", (expected[0][0], *found), inputs, "gelu", expected)
+    launch = card.calls[-2]
+    assert launch["path"] == path
+    assert launch["workspace_bytes"] >= (path == 2) * 2 * 2 * 5 * 6 * 16 + 50 * 16 * 4  # e, and a slot of sums
+
+
+def test_an_unknown_path_is_refused(card):
+    arguments = good()
+    card.begin(3, 1)
+    for path in (-1, 3):
+        refused(card, 3, (zeros(2, 5, 6, 8), *arguments.values(), path), "path must be 0 .chosen., 1 .fused. or 2")
+
+
+def test_the_public_op_lets_the_kernels_choose(card):
+    _, _, backward = run(card, case(ODD_SIZES, torch.bfloat16, "gelu")[0])
+    assert backward[-2]["path"] == 0
 
 
 def zeros(*shape, dtype=torch.float32):

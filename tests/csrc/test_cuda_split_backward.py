@@ -139,16 +139,22 @@ def test_memory_and_races(kind, shape, dtype):
     check(shape, dtype, spare=(16, 8), weight_offset=1, **how)
 
 
-@pytest.mark.parametrize(("D", "C"), [(16384, 16), (8192, 8192)])
-def test_beyond_2_to_the_31_elements(D, C):
-    H, W = 3, 5
-    shape = (2, H, W, D, C)
-    inputs, expected = case(shape, torch.bfloat16, "gelu")
-    images = 2**31 // (H * W * C if C == D else H * W * D) + 1
-    # All channels of the last images: of the gates a pixel to a block, of the others 9 images to one at most.
-    blocks = max(2 * H * W, 4 * -(-C // 32))
-    found = gradients(inputs, images_before=images, last_blocks=blocks)[0]
-    assert_accurate(found, *(each[1] for each in expected))
+def test_beyond_2_to_the_31_elements():
+    """Of du: all channels of the last images, a pixel to a block of the gates."""
+    H, W, D = 3, 5, 16384
+    inputs, expected = case((2, H, W, D, 16), torch.bfloat16, "gelu")
+    images = 2**31 // (H * W * D) + 1
+    du = gradients(inputs, dtypes=(torch.bfloat16,), images_before=images, last_blocks=2 * H * W)[0]
+    assert_accurate(du, *(each[1] for each in expected))
+
+
+def test_beyond_2_to_the_31_elements_of_e():
+    """dg of the last pixel, in the channels of the last block that convolves."""
+    H, W, C = 3, 5, 8192
+    inputs, expected = case((2, H, W, C, C), torch.bfloat16, "gelu")
+    images = 2**31 // (H * W * C) + 1
+    du = gradients(inputs, dtypes=(torch.bfloat16,), images_before=images, last_blocks=1)[0]
+    assert_accurate(*(each[-1, -1, -1, C - 32 : C] for each in (du, *(three[1] for three in expected))))
 
 
 # N * H * W * C of 2^20, and one packet of channels less
