@@ -78,6 +78,29 @@ def op_table(rows: list[Row], bandwidth: float) -> str:
     return table(["stage", "mode", "dtype", "batch", *names, "CUDA C++, of a copy's bandwidth"], lines)
 
 
+def backward_table(rows: list[Row]) -> str:
+    """Of the op: one kernel beside several."""
+    lines = []
+    for r in rows:
+        shape = f"{r['map']}x{r['map']}x{r['conv_channels']}"
+        ratio = r["one_kernel_us"] / r["split_us"]
+        times = [f"{r['one_kernel_us']:.0f}", f"{r['split_us']:.0f}", f"{ratio:.2f}"]
+        lines.append([shape, str(r["hidden"]), r["dtype"], str(r["batch"]), *times])
+    return table(["conv channels", "hidden", "dtype", "batch", "one kernel", "split", "times as fast"], lines)
+
+
+def norm_table(rows: list[Row]) -> str:
+    """Of each width the fastest tile."""
+    lines = []
+    for dim in dict.fromkeys(r["dim"] for r in rows):
+        best = min((r for r in rows if r["dim"] == dim), key=lambda r: float(r["backward_us"]))
+        times = [
+            f"{best[key]:.0f}" for key in ("pytorch_forward_us", "forward_us", "pytorch_backward_us", "backward_us")
+        ]
+        lines.append([f"{best['map']}x{best['map']}x{dim}", *times])
+    return table(["norm of", "PyTorch forward", "ours", "PyTorch backward", "ours"], lines)
+
+
 def variant_of(row: Row) -> Row:
     """Some rows do not say it: the first that has this stage."""
     for variant in ("mambaout_tiny", "mambaout_base"):
@@ -169,6 +192,19 @@ Microseconds. The share is of the time in which a copy moves 3 (forward) or 5 (b
 pixel, which is what the op reads and writes once.
 
 {op_table(rows, measured["bandwidth_bytes_per_s"])}
+
+## The op's backward, in one kernel and split
+
+Microseconds as CUDA graphs. The split one runs from 2^19 values of the convolution on, where shapes are aligned.
+
+{backward_table(measured["backward_paths"]["rows"])}
+
+## Norms
+
+Microseconds, bf16, batch 128; PyTorch's backward has mean and deviation given, ours computes them again and writes
+norm(x) besides.
+
+{norm_table(measured["norms"]["rows"])}
 
 ## What failed there, and since
 

@@ -21,6 +21,8 @@ class FaultySource:
 _BLOCK = "mambaout_kernels/backends/triton_kernels/block.py"
 _SPLIT = "tests/triton_interpreter/test_split_block.py -k"
 _NORMED = "tests/triton_interpreter/test_normed_convs.py -k"
+_NORM_BACKWARD = "mambaout_kernels/backends/triton_kernels/layer_norm_backward.py"
+_GRADIENTS = "tests/triton_interpreter/test_norm_gradients.py -k"
 
 FAULTS = [
     FaultySource("mambaout_kernels/ops/gated_dwconv.py", "ctx.save_for_backward(*tensors)",
@@ -29,6 +31,23 @@ FAULTS = [
     FaultySource("mambaout_kernels/ops/gated_dwconv.py", "others = _backward_op(dy, u, weight, bias, ctx.act)",
                  "others = _backward_op(dy.contiguous().view(dy.shape) * 1.001, u, weight, bias, ctx.act)",
                  "tests/test_generated.py -k public_op"),
+    # The norm's backward, and what calls it.
+    FaultySource(_NORM_BACKWARD, "(e0 - along - n0 * across)", "(e0 - along)", f"{_GRADIENTS} fp64"),
+    FaultySource(_NORM_BACKWARD, "            along += tl.sum(e1, 1)\n", "", f"{_GRADIENTS} fp64"),
+    FaultySource(_NORM_BACKWARD, "    if not WHOLE:\n        x = tl.where", "    if False:\n        x = tl.where",
+                 f"{_GRADIENTS} fp64"),
+    FaultySource(_NORM_BACKWARD, "dbeta0 += e0\n", "dbeta0 = e0\n", f"{_GRADIENTS} fp64"),
+    FaultySource(_NORM_BACKWARD, "turn * tl.num_programs(0)", "turn", f"{_GRADIENTS} fp64"),
+    FaultySource(_NORM_BACKWARD, "        dy = dy * slope\n", "        pass\n", f"{_GRADIENTS} fp64"),
+    FaultySource(_NORM_BACKWARD, "(x_ptr.dtype.element_ty == tl.float32) or (", "(", f"{_GRADIENTS} another_dtype"),
+    FaultySource("mambaout_kernels/ops/conv_norm.py", "dx.flatten(0, -2).sum(0)", "dx.flatten(0, -2)[0]",
+                 f"{_GRADIENTS} before_the_norm"),
+    FaultySource("mambaout_kernels/ops/norm_linear.py", "ctx.eps, \"identity\", True)", "ctx.eps, \"silu\", True)",
+                 "tests/triton_interpreter/test_plain_norms.py -k test_training"),
+    FaultySource("mambaout_kernels/nn/linear.py", "low if into_product else torch.float32", "low",
+                 "tests/triton_interpreter/test_plain_norms.py -k 'autocast and stem'"),
+    FaultySource("mambaout_kernels/inference/cuda_graphs.py", "    torch.cuda.synchronize()\n", "",
+                 "tests/inference/test_cuda_graphs.py -k stream_of_a_capture"),
     FaultySource("mambaout_kernels/reference.py", "dc = dwconv(e, weight.flip((2, 3))",
                  "dc = dwconv(e, weight.flip((2,))", "tests/test_generated.py -k reference"),
     FaultySource("mambaout_kernels/reference.py", "    if c.numel() == 0:", "    if weight.shape[0] == 0:",

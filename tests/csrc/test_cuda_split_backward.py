@@ -1,4 +1,4 @@
-"""The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numbers, memory and races, when it is taken."""
+"""The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numbers, memory, races, when it is taken."""
 
 import functools
 import itertools
@@ -171,6 +171,12 @@ def path_taken(inputs, **how):
 @pytest.mark.parametrize(("shape", "expected"), [(MOST, SPLIT), (LESS, FUSED)], ids=["enough", "less"])
 def test_which_path_is_chosen(shape, expected):
     assert path_taken(make_inputs(*shape, 7, torch.bfloat16)) == expected
+
+
+def test_float32_is_split_too():
+    inputs = make_inputs(*MOST, 7, torch.float32)
+    chosen, split = (gradients(inputs, path=path) for path in (0, SPLIT))
+    assert all(map(torch.equal, chosen, split))
 
 
 def test_the_one_kernel_is_chosen_otherwise():
