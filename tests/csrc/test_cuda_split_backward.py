@@ -1,4 +1,4 @@
-"""The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numerics, memory and races, when it is taken."""
+"""The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numerics, memory, races, which is chosen."""
 
 import functools
 import itertools
