@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_acceptance.py --plan A      build, correctness, behaviour, tests, sanitizers
     python benchmarks/gpu_acceptance.py --plan B      the op: times, hardware counters
-    python benchmarks/gpu_acceptance.py --plan C      blocks and models in bf16: inference, training, memory
-    python benchmarks/gpu_acceptance.py --plan D      more models: base under AMP, float32
+    python benchmarks/gpu_acceptance.py --plan C      tiny in bf16 and under AMP: inference, training, memory, kernels
+    python benchmarks/gpu_acceptance.py --plan D      base likewise
+    python benchmarks/gpu_acceptance.py --plan E      both in float32, and blocks
     python benchmarks/gpu_acceptance.py --dry ...     the same on the CPU, small, to see that it runs
 
 From a bare checkout: needs torch, triton, nvcc, cmake, ninja and pybind11, and installs nothing. Every section is a

@@ -463,6 +463,21 @@ FAULTS += [
     FaultySource("csrc/cuda/depthwise.cuh", right, wrong, f"tests/csrc/test_cuda_depthwise.py {selected}")
     for right, wrong, selected in _DEPTHWISE_KERNEL
 ]
+# The split backward: rows of e and x, images, indices beyond 32 bits, e in the place of s, the filter turned.
+_SPLIT_KERNELS = [
+    ("weight_gradient.cuh", "if (adding && row >= 0) {", "if (adding) {", "-k 'fp64 and bfloat16'"),
+    ("weight_gradient.cuh", "row < e_end ? e : Value::zero()", "e", "-k 'fp64 and bfloat16'"),
+    ("weight_gradient.cuh", "const std::int64_t e_pixel", "const int e_pixel", "-k 2_to_the_31"),
+    ("gate_backward.cuh", "ds.store(d < identity ? to + D :", "ds.store(d <= identity ? to + D :",
+     "-k 'fp64 and bfloat16'"),
+    ("gate_backward.cuh", "P::load_written(d < identity ? from + D :", "P::load_written(d <= identity ? from + D :",
+     "-k 'fp64 and bfloat16'"),
+    ("depthwise.cuh", "if (args.flipped) {", "if (false) {", "-k 'fp64 and bfloat16'"),
+]  # fmt: skip
+FAULTS += [
+    FaultySource(f"csrc/cuda/{file}", right, wrong, f"tests/csrc/test_cuda_split_backward.py {selected}")
+    for file, right, wrong, selected in _SPLIT_KERNELS
+]
 _DEPTHWISE_BINDING = [
     ("csrc/cuda/dispatch.cpp", "x_spacing * element % 16 == 0 && ", ""),
     (

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from mambaout_kernels import backends
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("gpu_acceptance", "gpu_sections", "gpu_acceptance_report", "gpu_counters", "gpu_behaviour")
+MODULES = ("gpu_acceptance", "gpu_sections", "gpu_acceptance_report", "gpu_counters", "gpu_behaviour", "gpu_kernels")
 pytestmark = pytest.mark.skipif(backends.status()["cpu"] is not None, reason="the CPU kernels are not built")
 
 
@@ -213,6 +214,24 @@ def test_hardware_counters(load):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_of_a_run(load):
+    kernels, report = load("gpu_kernels"), load("gpu_acceptance_report")
+    on_gpu, on_host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(name, us, device=on_gpu):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+    events = [event("product", 30.0), event("norm", 6.0), event("norm", 6.0), event("norm", 6.0)]
+    events += [event("aten::mm", 500.0, on_host), event("## compiled ##", 900.0), event("Torch-Compiled Region", 900.0)]
+    found = kernels.summed(events)
+    assert found == {"total_us": 48.0 / kernels.RUNS, "kernels": [(10.0, 1 / 3, "product"), (6.0, 1.0, "norm")]}
+    what = {"subject": "model", "mode": "train", "label": "mambaout_tiny", "contender": "compile-fused"}
+    _, lines = report.kernels_table([{**what, **found}], most=1)
+    assert lines == [
+        ["model train mambaout_tiny, torch.compile of fused", "16", "", "all"], ["", "10", "0.333333", "product"]
+    ]  # fmt: skip
+
+
 def test_without_a_gpu_only_dry(load, tmp_path, capsys):
     with pytest.raises(SystemExit):
         load("gpu_acceptance").main(["--out", str(tmp_path)])
