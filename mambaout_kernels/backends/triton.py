@@ -42,11 +42,22 @@ def _recent(device_index: int) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device_index) >= _OLDEST
 
 
+def _runs_on(device_type: str, index: int) -> bool:
+    return _recent(index) if device_type == "cuda" else interpreting() and device_type == "cpu"
+
+
+def usable_on(device_type: str, index: int) -> bool:
+    """Whether the kernels can be used on this device."""
+    return unavailable() is None and _runs_on(device_type, index)
+
+
+# Compilers call it as they trace, and keep what it says.
+usable_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def supports(u: Tensor, weight: Tensor | None = None) -> bool:
     """fp32, bf16 and fp16 on CUDA and ROCm; on the CPU under the interpreter alone."""
-    if u.dtype not in DTYPES:
-        return False
-    return _recent(u.device.index) if u.is_cuda else interpreting() and u.device.type == "cpu"
+    return u.dtype in DTYPES and _runs_on(u.device.type, u.device.index)
 
 
 def check_runs(x: Tensor) -> None:

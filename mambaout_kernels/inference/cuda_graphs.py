@@ -36,7 +36,6 @@ def capture(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, Tenso
     # Other threads may go on calling CUDA meanwhile; what they do is not captured.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         y = function(x)
-    torch.cuda.current_stream().wait_stream(stream)
     return graph, y
 
 

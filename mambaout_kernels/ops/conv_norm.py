@@ -124,17 +124,6 @@ def _conv_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((N, (H + 1) // 2, (W + 1) // 2, weight.shape[1]))
 
 
-def _runs_on(device_type: str, index: int | None) -> bool:
-    """Whether Triton's kernels run on this device; under the interpreter, on the CPU."""
-    device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    like = torch.empty(0, device=device)
-    return triton.unavailable() is None and triton.supports(like)
-
-
-# Compilers call it as they trace, and keep what it says.
-_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def normalises(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether layer_norm_act takes them, and is faster than PyTorch's: on an H100 eight times at 96 channels."""
     if not x.is_cuda and backends.forced() != "triton":
@@ -145,7 +134,7 @@ def normalises(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         if t.dtype not in (x.dtype, torch.float32):
             return False
     in_reach = x.ndim > 0 and 1 <= x.shape[-1] <= WIDEST and x.dtype in triton.DTYPES
-    return in_reach and _runs_on(x.device.type, x.device.index)
+    return in_reach and triton.usable_on(x.device.type, x.device.index)
 
 
 def _check(name_of_x: str, x: Tensor, parameters: dict[str, Tensor | None], act: str) -> None:

@@ -71,15 +71,11 @@ def test_nothing_runs_on_the_stream_of_a_capture_before_it(monkeypatch):
             ran.append("capture")
             yield
 
-    class Default:
-        def wait_stream(self, stream): ...
-
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "current_stream", Default)
 
     def function(x):
         ran.append(current[0])
