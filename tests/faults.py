@@ -34,7 +34,7 @@ FAULTS = [
     # The norm's backward, and what calls it.
     FaultySource(_NORM_BACKWARD, "(e0 - along - n0 * across)", "(e0 - along)", f"{_GRADIENTS} fp64"),
     FaultySource(_NORM_BACKWARD, "            along += tl.sum(e1, 1)\n", "", f"{_GRADIENTS} fp64"),
-    FaultySource(_NORM_BACKWARD, "    if not WHOLE:\n        x = tl.where", "    if False:\n        x = tl.where",
+    FaultySource(_BLOCK, "    if K0 > DIM:\n        x0 = tl.where", "    if False:\n        x0 = tl.where",
                  f"{_GRADIENTS} fp64"),
     FaultySource(_NORM_BACKWARD, "dbeta0 += e0\n", "dbeta0 = e0\n", f"{_GRADIENTS} fp64"),
     FaultySource(_NORM_BACKWARD, "turn * tl.num_programs(0)", "turn", f"{_GRADIENTS} fp64"),
@@ -169,7 +169,7 @@ FAULTS = [
     FaultySource(_BLOCK, "y0, y1 = _normed(sums0, sums1, b_ptr", "y0, y1 = _normed(sums0, sums0, b_ptr",
                  f"{_NORMED} fp64"),
     FaultySource(_BLOCK, "    if BIASED:\n        x0 +=", "    if False:\n        x0 +=", f"{_NORMED} fp64"),
-    FaultySource(_BLOCK, "        if BIASED:\n            k1", "        if False:\n            k1", f"{_NORMED} fp64"),
+    FaultySource(_BLOCK, "        if K1 > 0:\n            k1", "        if False:\n            k1", f"{_NORMED} fp64"),
     FaultySource(_BLOCK, "a0 = _rounded(gate(a0, ACT, WIDE)", "a0 = _rounded(gate(a0, \"gelu\", WIDE)",
                  f"{_NORMED} layer_norm"),
     FaultySource("mambaout_kernels/backends/triton_kernels/block_launch.py",

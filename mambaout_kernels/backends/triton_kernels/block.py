@@ -58,10 +58,33 @@ def _load_vector(ptr, index, present):
 
 
 @triton.jit
-def _affine(centred, rstd, gamma_ptr, beta_ptr, first, DIM: tl.constexpr, K: tl.constexpr):
+def _affine(n, gamma_ptr, beta_ptr, first, DIM: tl.constexpr, K: tl.constexpr):
     k = first + tl.arange(0, K)
     gamma, beta = _load_vector(gamma_ptr, k, k < DIM), _load_vector(beta_ptr, k, k < DIM)
-    return centred * rstd[:, None] * gamma[None, :] + beta[None, :]
+    return n * gamma[None, :] + beta[None, :]
+
+
+@triton.jit
+def _standardised(x0, x1, eps, DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
+    """(x - mean) / deviation in its two parts, and 1 / deviation, of rows in fp32 that are zero beyond DIM."""
+    total = tl.sum(x0, 1)
+    if K1 > 0:
+        total += tl.sum(x1, 1)
+    mean = total / DIM
+    x0 -= mean[:, None]
+    if K0 > DIM:
+        x0 = tl.where((tl.arange(0, K0) < DIM)[None, :], x0, 0.0)
+    square = tl.sum(x0 * x0, 1)
+    if K1 > 0:
+        x1 -= mean[:, None]
+        if K0 + K1 > DIM:
+            x1 = tl.where((K0 + tl.arange(0, K1) < DIM)[None, :], x1, 0.0)
+        square += tl.sum(x1 * x1, 1)
+    rstd = tl.rsqrt(square / DIM + eps)
+    x0 *= rstd[:, None]
+    if K1 > 0:
+        x1 *= rstd[:, None]
+    return x0, x1, rstd
 
 
 @triton.jit
@@ -97,27 +120,14 @@ def _normed(
     """The same of x in registers, fp32, zero beyond DIM."""
     if BIASED:
         x0 += _load_vector(x_bias_ptr, tl.arange(0, K0), tl.arange(0, K0) < DIM)[None, :]
-    total = tl.sum(x0, 1)
-    if K1 > 0:
-        if BIASED:
+        if K1 > 0:
             k1 = K0 + tl.arange(0, K1)
             x1 += _load_vector(x_bias_ptr, k1, k1 < DIM)[None, :]
-        total += tl.sum(x1, 1)
-    mean = total / DIM
-    x0 -= mean[:, None]
-    if K0 > DIM:
-        x0 = tl.where((tl.arange(0, K0) < DIM)[None, :], x0, 0.0)
-    square = tl.sum(x0 * x0, 1)
-    if K1 > 0:
-        x1 -= mean[:, None]
-        if K0 + K1 > DIM:
-            x1 = tl.where((K0 + tl.arange(0, K1) < DIM)[None, :], x1, 0.0)
-        square += tl.sum(x1 * x1, 1)
-    rstd = tl.rsqrt(square / DIM + eps)
-    a0 = _affine(x0, rstd, gamma_ptr, beta_ptr, 0, DIM, K0)
+    n0, n1, _ = _standardised(x0, x1, eps, DIM, K0, K1)
+    a0 = _affine(n0, gamma_ptr, beta_ptr, 0, DIM, K0)
     a1 = a0
     if K1 > 0:
-        a1 = _affine(x1, rstd, gamma_ptr, beta_ptr, K0, DIM, K1)
+        a1 = _affine(n1, gamma_ptr, beta_ptr, K0, DIM, K1)
     return a0, a1
 
 

@@ -80,8 +80,7 @@ def layer_norm_backward(
     with _guard(x):
         layer_norm_bwd[(programs,)](
             dy, x, gamma, beta, dx, y, partials, P, triton.cdiv(blocks, programs), eps, DIM=dim, K0=k0, K1=k1,
-            ACT=act, NORMED=normed,
-            BLOCK_M=tile.block_m, **tile.options(),
+            ACT=act, NORMED=normed, BLOCK_M=tile.block_m, **tile.options(),
         )  # fmt: skip
         weight_gradient_sum[(2, triton.cdiv(dim, _SUM_COLUMNS))](
             partials, dgamma, dbeta, programs, dim, 1, VEC=1 if dim % 4 else 4, BLOCK_P=_SUM_ROWS,

@@ -9,7 +9,7 @@ With n = (x - mean) * rstd and e = dy * act'(n * gamma + beta):
 import triton
 import triton.language as tl
 
-from .block import _load_columns, _load_vector, _rows_of, _store_columns
+from .block import _load_columns, _load_vector, _rows_of, _standardised, _store_columns
 from .gates import gate_and_slope
 from .kernel import kernel
 
@@ -18,14 +18,6 @@ from .kernel import kernel
 def _vectors(gamma_ptr, beta_ptr, first, DIM: tl.constexpr, K: tl.constexpr):
     k = first + tl.arange(0, K)
     return _load_vector(gamma_ptr, k, k < DIM)[None, :], _load_vector(beta_ptr, k, k < DIM)[None, :]
-
-
-@triton.jit
-def _centred(x, mean, first, DIM: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):
-    x -= mean[:, None]
-    if not WHOLE:
-        x = tl.where((first + tl.arange(0, K) < DIM)[None, :], x, 0.0)
-    return x
 
 
 @triton.jit
@@ -70,19 +62,11 @@ def layer_norm_bwd(
         at = first_row * DIM
         x0 = _load_columns(x_ptr + at, rows, present, 0, DIM, K0, WHOLE0, "").to(tl.float32)
         e0 = _load_columns(dy_ptr + at, rows, present, 0, DIM, K0, WHOLE0, "").to(tl.float32)
-        total = tl.sum(x0, 1)
+        x1 = x0
         if K1 > 0:
             x1 = _load_columns(x_ptr + at, rows, present, K0, DIM, K1, WHOLE1, "").to(tl.float32)
             e1 = _load_columns(dy_ptr + at, rows, present, K0, DIM, K1, WHOLE1, "").to(tl.float32)
-            total += tl.sum(x1, 1)
-        mean = total / DIM
-        n0 = _centred(x0, mean, 0, DIM, K0, WHOLE0)
-        square = tl.sum(n0 * n0, 1)
-        if K1 > 0:
-            n1 = _centred(x1, mean, K0, DIM, K1, WHOLE1)
-            square += tl.sum(n1 * n1, 1)
-        rstd = tl.rsqrt(square / DIM + eps)
-        n0 *= rstd[:, None]
+        n0, n1, rstd = _standardised(x0, x1, eps, DIM, K0, K1)
         z0 = n0 * gamma0 + beta0
         e0 = _before_act(e0, z0, ACT, WIDE)
         dgamma0 += e0 * n0
@@ -90,7 +74,6 @@ def layer_norm_bwd(
         e0 *= gamma0
         along, across = tl.sum(e0, 1), tl.sum(e0 * n0, 1)
         if K1 > 0:
-            n1 *= rstd[:, None]
             z1 = n1 * gamma1 + beta1
             e1 = _before_act(e1, z1, ACT, WIDE)
             dgamma1 += e1 * n1
