@@ -42,6 +42,12 @@ def test_imports_run_one_way(path):
             assert layer(path) == len(LAYERS), f"{path.name} imports {name}, which stands above it"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_who_wants_the_block_never_meets_what_it_is_compared_with(path):
+    if path.relative_to(PACKAGE).parts[0] not in ("comparators", "cli", "benchmarking"):
+        assert "comparators" not in own_imports(path)
+
+
 def test_the_check_sees_imports():
     assert set(own_imports(PACKAGE / "ops" / "gated_dwconv.py")) == {"backends", "reference"}
 
@@ -77,7 +83,18 @@ def test_the_reference_imports_only_torch():
 
 
 def test_import_is_light():
-    heavy = ["timm", "triton", "matplotlib", "rich", "typer", "skimage", "PIL", "safetensors", "torchvision"]
+    heavy = [
+        "mambaout_kernels.comparators",
+        "timm",
+        "triton",
+        "matplotlib",
+        "rich",
+        "typer",
+        "skimage",
+        "PIL",
+        "safetensors",
+        "torchvision",
+    ]
     # whatever torch itself imports is not ours
     code = f"""
 import sys, torch

@@ -9,6 +9,7 @@
 #include "gated_cnn_block/body.h"
 #include "conv3x3s2/body.h"
 #include "head/kernels.h"
+#include "selective_scan/kernels.h"
 #include "linear/gemm_nt_body.h"
 #include "linear/amx_matmul_body.h"
 #include "peak/amx_body.h"
@@ -31,6 +32,8 @@ const Conv3x3s2Kernels* Conv3x3s2Kernels::amx_bf16(DType compute_dtype, DType in
 const MatmulKernels* MatmulKernels::amx_bf16() { return &kAmxMatmulKernels; }
 
 const HeadKernels* HeadKernels::amx_bf16() { return nullptr; }
+
+const ScanKernels* ScanKernels::amx_bf16(DType) { return nullptr; }
 
 const PeakKernel* PeakKernel::amx_bf16(DType compute_dtype) {
   return compute_dtype == DType::kBFloat16 ? &kPeakAmxBf16 : &kPeakAmxFp32;

@@ -14,6 +14,9 @@
 #include "linear/gemm_nt_body.h"
 #include "linear/matmul_body.h"
 #include "head/body.h"
+#include "simd/exponentials.h"
+#include "selective_scan/body.h"
+#include "selective_scan/backward_body.h"
 #include "peak/body.h"
 // clang-format on
 
@@ -42,6 +45,8 @@ const Conv3x3s2Kernels* Conv3x3s2Kernels::avx2(DType compute_dtype, DType in, DT
 const MatmulKernels* MatmulKernels::avx2() { return &kMatmulKernels; }
 
 const HeadKernels* HeadKernels::avx2() { return &kHeadKernels; }
+
+const ScanKernels* ScanKernels::avx2(DType dtype) { return scan_kernels_for(dtype); }
 
 const PeakKernel* PeakKernel::avx2(DType compute_dtype) {
   return compute_dtype == DType::kFloat32 ? &kPeakFp32 : nullptr;

@@ -14,6 +14,9 @@
 #include "linear/gemm_nt_body.h"
 #include "linear/matmul_body.h"
 #include "head/body.h"
+#include "simd/exponentials.h"
+#include "selective_scan/body.h"
+#include "selective_scan/backward_body.h"
 #include "peak/body.h"
 // clang-format on
 
@@ -42,6 +45,8 @@ const Conv3x3s2Kernels* Conv3x3s2Kernels::avx512(DType compute_dtype, DType in, 
 const MatmulKernels* MatmulKernels::avx512() { return &kMatmulKernels; }
 
 const HeadKernels* HeadKernels::avx512() { return &kHeadKernels; }
+
+const ScanKernels* ScanKernels::avx512(DType dtype) { return scan_kernels_for(dtype); }
 
 const PeakKernel* PeakKernel::avx512(DType compute_dtype) {
   return compute_dtype == DType::kFloat32 ? &kPeakFp32 : nullptr;

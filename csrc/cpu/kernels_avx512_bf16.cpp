@@ -14,6 +14,7 @@
 #include "gated_cnn_block/body.h"
 #include "conv3x3s2/body.h"
 #include "head/kernels.h"
+#include "selective_scan/kernels.h"
 #include "linear/kernels.h"
 #include "peak/body.h"
 // clang-format on
@@ -40,6 +41,8 @@ const Conv3x3s2Kernels* Conv3x3s2Kernels::avx512_bf16(DType compute_dtype, DType
 const MatmulKernels* MatmulKernels::avx512_bf16() { return nullptr; }
 
 const HeadKernels* HeadKernels::avx512_bf16() { return nullptr; }
+
+const ScanKernels* ScanKernels::avx512_bf16(DType) { return nullptr; }
 
 const PeakKernel* PeakKernel::avx512_bf16(DType compute_dtype) {
   return compute_dtype == DType::kBFloat16 ? &kPeakBf16 : nullptr;

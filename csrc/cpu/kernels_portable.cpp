@@ -32,6 +32,9 @@ struct GateOf<act, double> {
 #include "linear/gemm_nt_body.h"
 #include "linear/matmul_body.h"
 #include "head/body.h"
+#include "simd/exponentials.h"
+#include "selective_scan/body.h"
+#include "selective_scan/backward_body.h"
 #include "peak/body.h"
 // clang-format on
 
@@ -62,6 +65,8 @@ const Conv3x3s2Kernels* Conv3x3s2Kernels::portable(DType compute_dtype, DType in
 const MatmulKernels* MatmulKernels::portable() { return &kMatmulKernels; }
 
 const HeadKernels* HeadKernels::portable() { return &kHeadKernels; }
+
+const ScanKernels* ScanKernels::portable(DType dtype) { return scan_kernels_for(dtype); }
 
 const PeakKernel* PeakKernel::portable(DType compute_dtype) {
   return compute_dtype == DType::kFloat32 ? &kPeakFp32 : nullptr;

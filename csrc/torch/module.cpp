@@ -97,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
   register_conv3x3s2(ops_namespace);
   register_head(ops_namespace);
   register_linear(ops_namespace);
+  register_selective_scan(ops_namespace);
   keep_freed_memory();
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and torch of this build.");
   m.def("fma_flops", &fma_flops, pybind11::arg("bf16"), pybind11::arg("milliseconds"),

@@ -32,5 +32,6 @@ void register_gated_cnn_blocks(const std::string& ops_namespace);
 void register_conv3x3s2(const std::string& ops_namespace);
 void register_head(const std::string& ops_namespace);
 void register_linear(const std::string& ops_namespace);
+void register_selective_scan(const std::string& ops_namespace);
 
 }  // namespace mambaout_kernels

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import cpu
-from ..backends.checks import check_devices
 from ..backends.namespace import NAMESPACE, ops
 from . import reference
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_ARGUMENTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor skip, Tensor delta_bias, Tensor order"
+_NAMES = ("x", "delta", "A", "B", "C", "skip", "delta_bias", "order")
+_ARGUMENTS = ", ".join(f"Tensor {name}" for name in _NAMES)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(f"selective_scan({_ARGUMENTS}) -> Tensor", tags=_TAGS)
 _library.define(
@@ -64,10 +64,12 @@ def check(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, delta_bias: Tensor, order: Tensor
 ) -> None:
     """Shapes, dtypes and devices; the numbers in `order` are looked at where they are on the CPU."""
-    check_devices(x, delta, A, B, C, skip, delta_bias, order)
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64; got {x.dtype}")
     parameter = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, t in zip(_NAMES, (x, delta, A, B, C, skip, delta_bias, order), strict=True):
+        if t.device != x.device:
+            raise RuntimeError(f"{name} must be on the device of x, {x.device}; got {t.device}")
     for name, t, dtype in (("delta", delta, x.dtype), ("B", B, x.dtype), ("C", C, x.dtype), ("A", A, parameter),
                            ("skip", skip, parameter), ("delta_bias", delta_bias, parameter),
                            ("order", order, torch.int32)):  # fmt: skip
@@ -97,14 +99,29 @@ def check_order(order: Tensor) -> None:
             raise ValueError(f"order must visit each of {L} tokens once; scan {scan} of {G} does not")
 
 
+def _check_memory(name: str, t: Tensor) -> None:
+    """Dense, and all of it there: a storage may have been released, or made smaller than the tensors on it."""
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, of layout torch.strided; got {t.layout}")
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    size = t.untyped_storage().nbytes()
+    if t.numel() and (t.storage_offset() + last + 1) * t.itemsize > size:
+        raise ValueError(f"{name} must lie within its storage, which has {size} bytes; got shape {tuple(t.shape)}")
+
+
 def _check_all(*arguments: Tensor) -> None:
+    for name, t in zip(_NAMES, arguments, strict=True):
+        _check_memory(name, t)
     check(*arguments)
     if arguments[-1].is_cpu:
         check_order(arguments[-1])
 
 
-def _check_gradient(dy: Tensor, x: Tensor) -> None:
-    check_devices(x, dy)
+def _check_gradient(dy: Tensor, x: Tensor, memory: bool = True) -> None:
+    if memory:
+        _check_memory("dy", dy)
+    if dy.device != x.device:
+        raise RuntimeError(f"dy must be on the device of x, {x.device}; got {dy.device}")
     if dy.dtype != x.dtype:
         raise TypeError(f"dy must have x's dtype, {x.dtype}; got {dy.dtype}")
     if dy.shape != x.shape:
@@ -126,21 +143,26 @@ def _implementation(x: Tensor) -> str:
 
 def _forward_impl(*arguments: Tensor) -> Tensor:
     if _implementation(arguments[0]) == "cpu":
-        return ops.selective_scan_cpu(*arguments)
+        try:
+            return ops.selective_scan_cpu(*arguments)
+        except Exception:  # it refuses what is not valid; only then is it asked what was wrong
+            _check_all(*arguments)
+            raise
     _check_all(*arguments)
     return reference.selective_scan(*arguments).contiguous()
 
 
 def _backward_impl(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
     if _implementation(arguments[0]) == "cpu":
-        return ops.selective_scan_backward_cpu(dy, *arguments)
+        try:
+            return ops.selective_scan_backward_cpu(dy, *arguments)
+        except Exception:
+            _check_all(*arguments)
+            _check_gradient(dy, arguments[0])
+            raise
     _check_all(*arguments)
     _check_gradient(dy, arguments[0])
-    *tensors, order = arguments
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        gradients = torch.autograd.grad(reference.selective_scan(*leaves, order), leaves, dy)
-    return tuple(g.contiguous() for g in gradients)
+    return tuple(g.contiguous() for g in reference.selective_scan_backward(dy, *arguments))
 
 
 def _forward_fake(*arguments: Tensor) -> Tensor:
@@ -150,7 +172,7 @@ def _forward_fake(*arguments: Tensor) -> Tensor:
 
 def _backward_fake(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
     check(*arguments)
-    _check_gradient(dy, arguments[0])
+    _check_gradient(dy, arguments[0], memory=False)
     return tuple(t.new_empty(t.shape) for t in arguments[:-1])
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaout_kernels import reference
+from mambaout_kernels.comparators import reference as comparators
+from mambaout_kernels.comparators import selective_scan as _selective_scan  # noqa: F401 - it defines the op
 from mambaout_kernels.reference import ACTIVATIONS
 
 OPS = torch.ops.mambaout_kernels
@@ -226,6 +228,28 @@ def head(d):
     ]  # fmt: skip
 
 
+def selective_scan(d, dtypes=DTYPES):
+    N, G, L, D, S = (
+        d.choice((1, 2, 0)),
+        d.randint(1, 4),
+        d.choice((1, 5, 31, 32, 33, 70)),
+        d.size(),
+        d.choice((1, 3, 4, 9)),
+    )
+    dtype, w = d.choice(dtypes), torch.randn
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    order = torch.stack([torch.randperm(L) for _ in range(G)]).int()
+    tokens = [w(N, d.choice((1, G)), L, D), w(N, G, L, D), w(N, G, L, S), w(N, G, L, S)]
+    x, delta, B, C = (t.to(dtype) for t in tokens)
+    A, skip, bias = (t.to(parameter) for t in (-w(G, D, S).abs(), w(G, D), w(G, D)))
+    return [x, delta, A, B, C, skip, bias, order]
+
+
+def selective_scan_backward(d, dtypes=DTYPES):
+    arguments = selective_scan(d, dtypes)
+    return [torch.randn(arguments[0].shape).to(arguments[0].dtype), *arguments]
+
+
 def join_packed(d):
     return [[packed_blocks(d) for _ in range(d.randint(1, 3))]]
 
@@ -274,6 +298,10 @@ def _of_gradients(a: list) -> tuple[torch.dtype, ...]:
     return tuple(t.dtype for t in a[1:4])
 
 
+def _of_scan(a: list) -> tuple[torch.dtype, ...]:
+    return tuple(t.dtype for t in a[1:8])
+
+
 KNOWN = {
     "linear": Known(linear, _linear),
     "linear_dx": Known(linear_dx, _linear_dx),
@@ -294,6 +322,12 @@ KNOWN = {
     "conv3x3s2": Known(conv3x3s2, _run_convolution, lambda a: (a[-1],)),
     "repack_conv3x3s2": Known(lambda d: [packed_convolution(d)], None, _bytes),
     "runs_packed_conv3x3s2": Known(lambda d: [packed_convolution(d)]),
+    "selective_scan": Known(selective_scan, comparators.selective_scan),
+    "selective_scan_cpu": Known(lambda d: selective_scan(d, DTYPES[:3]), comparators.selective_scan),
+    "selective_scan_backward": Known(selective_scan_backward, comparators.selective_scan_backward, _of_scan),
+    "selective_scan_backward_cpu": Known(
+        lambda d: selective_scan_backward(d, DTYPES[:3]), comparators.selective_scan_backward, _of_scan
+    ),
     "split_gated_cnn_block": Known(split_gated_cnn_block),
     "layer_norm_act": Known(layer_norm_act),
     "layer_norm_act_backward": Known(layer_norm_act_backward),

@@ -94,6 +94,11 @@ template <typename A, typename B>
 [[gnu::always_inline]] inline auto round_product(const A& a, const B& b) {
   return map<kMaxCountOf<A, B>>([&](int i) { return round_product(vec_of(a, i), vec_of(b, i)); });
 }
+template <typename A, typename B>
+  requires(kMaxCountOf<A, B> > 0)
+[[gnu::always_inline]] inline auto times_power_of_two(const A& a, const B& n) {
+  return map<kMaxCountOf<A, B>>([&](int i) { return times_power_of_two(vec_of(a, i), vec_of(n, i)); });
+}
 template <typename T, int kCount>
 [[gnu::always_inline]] inline auto to_float(const VecArray<T, kCount>& rounded) {
   return map<kCount>([&](int i) { return to_float(rounded.vec[i]); });

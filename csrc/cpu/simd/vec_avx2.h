@@ -52,6 +52,11 @@ inline Vec power_of_two(Rounded n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.index, _mm256_set1_epi32(127)), 23))};
 }
 
+// a * 2^n where that is a normal number.
+inline Vec times_power_of_two(Vec a, Rounded n) {
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(n.index, 23)))};
+}
+
 // 8 pieces, one permutation per coefficient; it reads the low bits of the index only.
 constexpr int kPieces = 8;
 inline Vec lookup(const float (&table)[8], Rounded piece) {

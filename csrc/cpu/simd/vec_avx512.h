@@ -47,11 +47,15 @@ inline Rounded round_product(Vec a, Vec b) {
   const Vec magic = broadcast(12582912.0f), sum = fma(a, b, magic);
   return {sum - magic, _mm512_castps_si512(sum.v)};
 }
-
 inline Vec to_float(Rounded rounded) { return rounded.value; }
 // 2^n for n in [-127, 127]; 2^-127 gives 0.
 inline Vec power_of_two(Rounded n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.index, _mm512_set1_epi32(127)), 23))};
+}
+
+// a * 2^n where that is a normal number.
+inline Vec times_power_of_two(Vec a, Rounded n) {
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(n.index, 23)))};
 }
 
 // 16 pieces, one permutation per coefficient; it reads the low bits of the index only.

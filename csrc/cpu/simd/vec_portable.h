@@ -98,6 +98,8 @@ inline Vec power_of_two(Rounded n) {
   std::memcpy(&result.v, &bits, sizeof(bits));
   return result;
 }
+// a * 2^n where that is a normal number.
+inline Vec times_power_of_two(Vec a, Rounded n) { return a * power_of_two(n); }
 constexpr int kPieces = 8;
 inline Vec lookup(const float (&table)[8], Rounded piece) {
   Vec result;
