@@ -1,4 +1,4 @@
-"""The command line: mambaout-kernels info | check | bench | classify | analyze | audit | tune."""
+"""The command line: mambaout-kernels info | check | bench | classify | analyze | mixers | audit | tune."""
 
 import argparse
 import io
@@ -16,7 +16,7 @@ _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of mem
 
 
 def parser() -> argparse.ArgumentParser:
-    from . import analyze, audit, bench, check, classify, info, tune  # here, where main handles an interrupt
+    from . import analyze, audit, bench, check, classify, info, mixers, tune  # here, where main handles an interrupt
 
     top = argparse.ArgumentParser(
         prog="mambaout-kernels",
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"mambaout-kernels {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, check, bench, classify, analyze, audit, tune):
+    for command in (info, check, bench, classify, analyze, mixers, audit, tune):
         command.add_to(commands)
     return top
 

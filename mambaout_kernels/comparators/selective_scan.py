@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import cpu
+from ..backends import triton
 from ..backends.namespace import NAMESPACE, ops
 from . import reference
 
@@ -109,10 +109,14 @@ def _check_memory(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must lie within its storage, which has {size} bytes; got shape {tuple(t.shape)}")
 
 
-def _check_all(*arguments: Tensor) -> None:
+def _check_tensors(*arguments: Tensor) -> None:
     for name, t in zip(_NAMES, arguments, strict=True):
         _check_memory(name, t)
     check(*arguments)
+
+
+def _check_all(*arguments: Tensor) -> None:
+    _check_tensors(*arguments)
     if arguments[-1].is_cpu:
         check_order(arguments[-1])
 
@@ -132,17 +136,19 @@ def _implementation(x: Tensor) -> str:
     """ "cpu", "triton" or "reference": what runs a scan of x."""
     if x.dtype == torch.float64 or backends.forced() == "reference":
         return "reference"
-    if x.device.type == "cpu":
-        return (
-            "cpu"
-            if hasattr(ops, "selective_scan_cpu") and cpu.unavailable() is None and backends.preferred("cpu") == "cpu"
-            else "reference"
-        )
-    return "reference"
+    if (x.is_cuda or backends.forced() == "triton") and triton.usable_on(x.device.type, x.device.index):
+        return "triton"
+    return "cpu" if x.is_cpu and backends.preferred("cpu") == "cpu" else "reference"
 
 
 def _forward_impl(*arguments: Tensor) -> Tensor:
-    if _implementation(arguments[0]) == "cpu":
+    runs_on = _implementation(arguments[0])
+    if runs_on == "triton":
+        from .triton_kernels import launch
+
+        _check_tensors(*arguments)
+        return launch.forward(*arguments)
+    if runs_on == "cpu":
         try:
             return ops.selective_scan_cpu(*arguments)
         except Exception:  # it refuses what is not valid; only then is it asked what was wrong
@@ -153,7 +159,14 @@ def _forward_impl(*arguments: Tensor) -> Tensor:
 
 
 def _backward_impl(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-    if _implementation(arguments[0]) == "cpu":
+    runs_on = _implementation(arguments[0])
+    if runs_on == "triton":
+        from .triton_kernels import launch
+
+        _check_tensors(*arguments)
+        _check_gradient(dy, arguments[0])
+        return launch.backward(dy, *arguments)
+    if runs_on == "cpu":
         try:
             return ops.selective_scan_backward_cpu(dy, *arguments)
         except Exception:

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.linear import linear
+from ..nn.plain import Weights
 from . import scan_orders
+from .layers import Linear
 from .selective_scan import selective_scan
 
 DELTA_RANGE = (1e-3, 1e-1)  # of the step size at initialisation
@@ -53,7 +56,8 @@ class SelectiveSSM(nn.Module):
         """
         weight = self.x_proj_weight
         if x.shape[1] == 1:
-            projected = F.linear(x.squeeze(1), weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
+            projected = linear(Weights(weight.flatten(0, 1), None), x.squeeze(1))
+            projected = projected.unflatten(-1, weight.shape[:2]).transpose(1, 2)
         else:
             projected = _per_scan(x, weight)
         delta, B, C = projected.split((self.rank, self.states, self.states), dim=-1)
@@ -112,10 +116,10 @@ class SS2D(SelectiveSSM):
     def __init__(self, dim: int, expansion_ratio: float = 2.0, states: int = 16, kernel_size: int = 3, scans: int = 4):
         channels = int(expansion_ratio * dim)
         super().__init__(channels, scans, states, rank=math.ceil(dim / 16))
-        self.in_proj = nn.Linear(dim, 2 * channels, bias=False)
+        self.in_proj = Linear(dim, 2 * channels, bias=False)
         self.conv2d = _depthwise(channels, kernel_size)
         self.out_norm = nn.LayerNorm(channels)
-        self.out_proj = nn.Linear(channels, dim, bias=False)
+        self.out_proj = Linear(channels, dim, bias=False)
 
     def scan_map(self, x: Tensor) -> Tensor:
         """The scans of a map x (N, H, W, D), merged into one."""
@@ -139,8 +143,8 @@ class ChannelGate(nn.Module):
     def __init__(self, dim: int, ratio: float = 1 / 8):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.global_reduce = nn.Linear(dim, int(ratio * dim))
-        self.channel_select = nn.Linear(int(ratio * dim), dim)
+        self.global_reduce = Linear(dim, int(ratio * dim))
+        self.channel_select = Linear(int(ratio * dim), dim)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.norm(x).flatten(1, -2).mean(1)  # (N, dim)
@@ -221,10 +225,10 @@ class Bidirectional(SelectiveSSM):
     def __init__(self, dim: int, expansion_ratio: float = 2.0, states: int = 16, kernel_size: int = 4):
         channels = int(expansion_ratio * dim)
         super().__init__(channels, 2, states, rank=math.ceil(dim / 16))
-        self.in_proj = nn.Linear(dim, 2 * channels, bias=False)
+        self.in_proj = Linear(dim, 2 * channels, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size - 1, groups=channels)
         self.conv1d_b = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size - 1, groups=channels)
-        self.out_proj = nn.Linear(channels, dim, bias=False)
+        self.out_proj = Linear(channels, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[1:3]
@@ -254,9 +258,9 @@ class ContinuousScan(SelectiveSSM):
     def __init__(self, dim: int, expansion_ratio: float = 2.0, states: int = 16, kernel_size: int = 7):
         channels = int(expansion_ratio * dim)
         super().__init__(channels, 1, states, rank=math.ceil(dim / 16))
-        self.in_proj = nn.Linear(dim, 2 * channels, bias=False)
+        self.in_proj = Linear(dim, 2 * channels, bias=False)
         self.conv2d = _depthwise(channels, kernel_size)
-        self.out_proj = nn.Linear(channels, dim, bias=False)
+        self.out_proj = Linear(channels, dim, bias=False)
         self.direction_Bs = nn.Parameter(nn.init.trunc_normal_(torch.empty(5, states), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:

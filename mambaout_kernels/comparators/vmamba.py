@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.layers import DropPath
+from .layers import Linear
 from .ssm import SS2D
 
 
@@ -55,7 +56,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.reduction = Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
@@ -83,7 +84,7 @@ class VSSM(nn.Module):
         )
         self.layers = nn.ModuleList(stages)
         self.classifier = nn.Sequential(
-            OrderedDict(norm=nn.LayerNorm(dims[-1]), pool=Pool(), head=nn.Linear(dims[-1], num_classes))
+            OrderedDict(norm=nn.LayerNorm(dims[-1]), pool=Pool(), head=Linear(dims[-1], num_classes))
         )  # fmt: skip
         self.apply(_init_weights)
 
