@@ -6,6 +6,8 @@ from typing import Any
 
 from .terminal import UsageError, comma_list, positive, progress, require, show_table
 
+_SCAN = "selective_scan"
+
 
 def add_to(commands: Any) -> None:
     command = commands.add_parser(
@@ -20,7 +22,8 @@ def add_to(commands: Any) -> None:
     command.add_argument("--target", type=comma_list(str), metavar="ARCH,..", help="sm_90,gfx942; default: all")
     command.add_argument(
         "--kernel", type=comma_list(str), metavar="NAME,..",
-        help="forward,..; default: the op's; norm_linear,depthwise,gated_mlp,layer_norm,gated_linear: of whole blocks",
+        help="forward,..; default: the op's; norm_linear,depthwise,gated_mlp,layer_norm,gated_linear: of whole blocks; "
+        "selective_scan: what MambaOut is compared with",
     )  # fmt: skip
     command.add_argument("--dtype", type=comma_list(str), metavar="NAME,..", help="bfloat16,..; default: all")
     command.add_argument("--variant", default="mambaout_tiny", help="whose stages are predicted; default: %(default)s")
@@ -58,6 +61,42 @@ def _compiled(args: argparse.Namespace, targets: tuple[str, ...], dtypes: tuple[
         raise UsageError(str(error)) from None
 
 
+def _scans(targets: tuple[str, ...], dtypes: tuple[str, ...]) -> list[Any]:
+    """The selective scan's kernels for NVIDIA's of the targets, of VMamba-T's first stage, with 16 states and 1."""
+    from ..comparators import scan_report
+
+    wanted = [
+        scan_report.ScanKernel(name, target, dtype, 192, states)
+        for target in targets
+        if target.startswith("sm_")
+        for dtype in dtypes
+        for states in (16, 1)
+        for name in scan_report.KERNELS
+    ]
+    with progress(len(wanted)) as announce:
+        found = []
+        for kernel in wanted:
+            announce(f"{kernel.target} {kernel.name} {kernel.dtype} {kernel.S}")
+            try:
+                found.append(scan_report.compile_ahead(kernel))
+            except (RuntimeError, FileNotFoundError) as error:
+                raise UsageError(str(error)) from None
+    return found
+
+
+def _as_dict(compiled: Any) -> dict[str, Any]:
+    from ..comparators import scan_report
+
+    return dict(zip(scan_report.HEADINGS, scan_report.lines([compiled])[0], strict=True))
+
+
+def _scan_table(compiled: list[Any]) -> tuple[Any, ...]:
+    from ..comparators import scan_report
+
+    title = "The selective scan: four scans of 56 x 56 tokens, batch 128. Predicted, not measured"
+    return title, scan_report.HEADINGS, scan_report.lines(compiled)
+
+
 def run(args: argparse.Namespace) -> int:
     require("triton", "triton", "cli", "audit")
     from ..audit import block_report, report, triton, triton_block
@@ -69,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--variant must be one of {', '.join(shapes.variants())}; got {args.variant!r}")
     chosen = _chosen("--backend", args.backend, ("triton", "cuda"))
     of_op = (*tiles.KERNELS, "backward")
-    kernels = _chosen("--kernel", args.kernel or list(of_op), (*of_op, *triton_block.KERNELS))
+    kernels = _chosen("--kernel", args.kernel or list(of_op), (*of_op, *triton_block.KERNELS, _SCAN))
     targets = _chosen("--target", args.target, triton.TARGETS)
     dtypes = _chosen("--dtype", args.dtype, tuple(triton.DTYPES))
     todo = [
@@ -91,12 +130,13 @@ def run(args: argparse.Namespace) -> int:
         for kernel in split:
             announce(f"{kernel.target} {kernel.name} {kernel.dtype} {kernel.dim}")
             blocks.append(triton_block.compile_ahead(kernel))
+    scans = _scans(targets, dtypes) if _SCAN in kernels and "triton" in chosen else []
     if "cuda" in chosen:
         entries += [e for e in _compiled(args, targets, dtypes) if args.kernel is None or e.row.kernel.name in kernels]
-    failed = any(e.unknown for e in entries) or any(b.failures for b in blocks)
+    failed = any(e.unknown for e in entries) or any(b.failures for b in (*blocks, *scans))
     if args.json:
         of_blocks = [block_report.as_dict(b, args.variant, args.batch) for b in blocks]
-        print(json.dumps([*(e.as_dict() for e in entries), *of_blocks], indent=1))
+        print(json.dumps([*(e.as_dict() for e in entries), *of_blocks, *map(_as_dict, scans)], indent=1))
         return int(failed)
     title = f"Predicted, not measured: {args.variant}, batch {args.batch}"
     of_blocks_table = (
@@ -113,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         summary = f"As compiled; the smallest predicted share of the DRAM roofline, {args.variant}, batch {args.batch}"
         tables = [(summary, report.SUMMARY_HEADINGS, report.summary_lines(entries)), of_blocks_table]
+    if scans:
+        tables.append(_scan_table(scans))
     for table in tables:
         if args.markdown:
             print(report.markdown(*table))

@@ -1,11 +1,13 @@
 """The selective scan's Triton kernels as compiled for GPUs that are not here: no spills; what their bound counts."""
 
 import functools
+import json
 import os
 from importlib.util import find_spec
 
 import pytest
 
+from mambaout_kernels import cli
 from mambaout_kernels.comparators import scan_report
 from mambaout_kernels.comparators.scan_report import VMAMBA_STAGE1, ScanKernel, ScanShape
 
@@ -69,3 +71,13 @@ def test_lines():
     (cells,) = scan_report.lines([compiled("scan_fwd", "sm_90", "bfloat16", 16)])
     assert len(cells) == len(scan_report.HEADINGS)
     assert cells[-1] == "pass"
+
+
+def test_the_command_tells_of_it(monkeypatch, capsys):
+    monkeypatch.setattr(scan_report, "KERNELS", ("chunk_ends",))
+    arguments = ["audit", "--backend", "triton", "--target", "sm_90,gfx942", "--dtype", "bfloat16"]
+    assert cli.main([*arguments, "--kernel", "selective_scan", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["kernel"], each["S"], each["spills"]) for each in found] == [
+        ("chunk_ends", s, "0") for s in ("16", "1")
+    ]

@@ -98,7 +98,7 @@ def _bytes(t: Tensor | None) -> bytes:
     if t is None or t.numel() == 0:
         return struct.pack("q", 0)
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    storage = torch.full((span,), torch.nan, dtype=t.dtype)
+    storage = torch.full((span,), torch.nan if t.is_floating_point() else 0, dtype=t.dtype)
     once = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
     storage.as_strided(once.shape, once.stride()).copy_(once)
     data = storage.view(torch.uint8).numpy().tobytes()
@@ -240,3 +240,21 @@ class Program:
         )  # fmt: skip
         tensors = _bytes(a) + _bytes(b) + _bytes(bias)
         return self._call(header, tensors, [((M, N), a.dtype), ((M if row_sums else 0,), a.dtype)])
+
+    def scan(self, arguments: list[Tensor], order: Tensor, dy: Tensor, where: Where) -> list[Tensor]:
+        """(y, dx, ddelta, dA, dB, dC, dskip, ddelta_bias) of a selective scan; x and delta of any strides whose last
+        is 1."""
+        x, delta, A, B, C, skip, bias = arguments
+        (N, G, L, D), S, shared = delta.shape, A.shape[2], x.shape[1] == 1
+        common = (N, G, L, D, S, int(shared), 0, DTYPES[x.dtype], 0, 0, 0, 0)
+        strides = (*(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)),
+                   *delta.stride()[:3])  # fmt: skip
+
+        def header(kind: int) -> bytes:
+            place = (kind, ISAS[where.isa], where.threads, where.at_begin)
+            return struct.pack("16qd6q", *place, *common, 0.0, *strides)
+
+        given = b"".join(map(_bytes, (x, delta, A, B, C, skip, bias, order)))
+        y = self._call(header(7), given, [(dy.shape, x.dtype)])
+        gradients = [(t.shape, t.dtype) for t in arguments]
+        return [*y, *self._call(header(8), given + _bytes(dy), gradients)]

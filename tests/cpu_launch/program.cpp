@@ -19,6 +19,7 @@
 #include "../../csrc/cpu/head/arguments.h"
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cpu/linear/arguments.h"
+#include "../../csrc/cpu/selective_scan/arguments.h"
 #include "../../csrc/cpu/simd/convert.h"
 
 namespace {
@@ -28,13 +29,14 @@ using namespace mambaout_kernels;
 // As launch.py packs it.
 struct Call {
   std::int64_t kind;  // 0: forward, 1: backward, 2: the whole block, 3: conv3x3s2, 4: matmul, 5: gemm_nt,
-                      // 6: the head
+                      // 6: the head, 7: a selective scan, 8: its backward
   std::int64_t isa, threads, at_begin;
   std::int64_t N, H, W, D, C, K, act, dtype, weight_dtype, bias_dtype;
   std::int64_t dim, compute_dtype;  // of the block; of conv3x3s2 dim to D channels, normed if C is 1
   double eps;                       // of a product M, N, K are N, H, W; row sums if C is 2; of the head D is hidden, C
                                     // classes, K whether there is a norm between, bias_dtype the result's
-  std::int64_t strides[2][3];       // of u, or x; and of dy, or x's from channel to channel
+                                    // Of a scan H, W, C are G, L, S, K whether all scans share x
+  std::int64_t strides[2][3];       // of u, or x; and of dy, or x's from channel to channel, or delta
 };
 
 [[noreturn]] void fail(const char* what) {
@@ -367,6 +369,58 @@ void run_head(const Call& call) {
   out.write();
 }
 
+void run_scan(const Call& call) {
+  const bool at_begin = call.at_begin != 0, shared = call.K != 0;
+  const int threads = static_cast<int>(call.threads);
+  const std::int64_t G = call.H, L = call.W, D = call.D, S = call.C, element = bytes_of(call.dtype);
+  const Input x(at_begin), delta(at_begin), A(at_begin), B(at_begin), C(at_begin), skip(at_begin), bias(at_begin),
+      order(at_begin);
+  ScanBackwardCall scan{};
+  scan.N = call.N;
+  scan.G = G;
+  scan.L = L;
+  scan.D = D;
+  scan.S = S;
+  scan.shared = shared;
+  scan.dtype = static_cast<DType>(call.dtype);
+  scan.x = {x.data(), call.strides[0][0], call.strides[0][1], call.strides[0][2]};
+  scan.delta = {delta.data(), call.strides[1][0], call.strides[1][1], call.strides[1][2]};
+  scan.B = {B.data(), G * L * S, L * S, S};
+  scan.C = {C.data(), G * L * S, L * S, S};
+  scan.A = A.floats();
+  scan.skip = skip.floats();
+  scan.delta_bias = bias.floats();
+  scan.order = reinterpret_cast<const std::int32_t*>(order.data());
+  std::vector<std::int32_t> visited(L);
+  if (cpu::first_bad_order(scan.order, G, L, visited.data()) >= 0) fail("the order is no permutation");
+  const std::int64_t maps = call.N * (shared ? 1 : G);
+  if (call.kind == 7) {
+    const Memory y(maps * L * D * element, at_begin);
+    const ScanForwardCall forward{scan, y.data()};
+    const Scratch workspace(cpu::selective_scan_workspace_bytes(forward, threads), at_begin);
+    cpu::selective_scan(forward, threads, workspace.data(), on_threads);
+    finish({&x, &delta, &A, &B, &C, &skip, &bias, &order}, {&y, &workspace});
+    y.write();
+    return;
+  }
+  const Input dy(at_begin);
+  scan.dy = {dy.data(), (shared ? 1 : G) * L * D, shared ? 0 : L * D, D};
+  const Memory dx(maps * L * D * element, at_begin), ddelta(call.N * G * L * D * element, at_begin),
+      dA(G * D * S * 4, at_begin), dB(call.N * G * L * S * element, at_begin),
+      dC(call.N * G * L * S * element, at_begin), dskip(G * D * 4, at_begin), dbias(G * D * 4, at_begin);
+  scan.dx = dx.data();
+  scan.ddelta = ddelta.data();
+  scan.dA = reinterpret_cast<float*>(dA.data());
+  scan.dB = dB.data();
+  scan.dC = dC.data();
+  scan.dskip = reinterpret_cast<float*>(dskip.data());
+  scan.ddelta_bias = reinterpret_cast<float*>(dbias.data());
+  const Scratch workspace(cpu::selective_scan_backward_workspace_bytes(scan, threads), at_begin);
+  cpu::selective_scan_backward(scan, threads, workspace.data(), on_threads);
+  finish({&x, &delta, &A, &B, &C, &skip, &bias, &order, &dy}, {&dx, &ddelta, &dA, &dB, &dC, &dskip, &dbias, &workspace});
+  for (const Memory* output : {&dx, &ddelta, &dA, &dB, &dC, &dskip, &dbias}) output->write();
+}
+
 }  // namespace
 
 int main() {
@@ -379,6 +433,8 @@ int main() {
       case 4:
       case 5: run_matmul(call); break;
       case 6: run_head(call); break;
+      case 7:
+      case 8: run_scan(call); break;
       default: run_op(call);
     }
     std::fwrite("finished", 1, 8, stdout);
