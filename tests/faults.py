@@ -550,7 +550,7 @@ FAULTS += [
                  f"{_SCANS} own_gradients"),
     FaultySource(f"{_SCAN}/body.h", "const bool add = call.shared && g > 0;", "const bool add = false;",
                  f"{_SCANS} test_forward"),
-    FaultySource(f"{_SCAN}/backward_body.h", "next[s] = dh * decay[s].at(t);", "next[s] = dh;",
+    FaultySource(f"{_SCAN}/backward_body.h", "next = dh * decay.at(t);", "next = dh;",
                  f"{_SCANS} test_forward"),
     FaultySource(f"{_SCAN}/backward_body.h", "states[i] = states[i - of_states];", "states[i] = 0.0f;",
                  f"{_SCANS} test_forward"),

@@ -23,66 +23,43 @@ inline void add_to(float* sums, const VecArray<Vec, kCount>& of_tile) {
   store_array(sums, load_array<kCount, Vec>(sums, Vec::kLanes) + of_tile, Vec::kLanes);
 }
 
-// kStates states of a tile. start: h before it; carry: a_{t+1} dh_{t+1} of the tile after it, in and out.
-template <int kStates, int kCount>
-[[gnu::always_inline]] inline void states_backward(std::int64_t steps, BackwardTile<kCount>& tile, const float* A,
-                                                   std::int64_t A_pitch, const float* B, const float* C, std::int64_t S,
-                                                   const float* start, float* carry, std::int64_t pitch, float* dA,
-                                                   float* dB, float* dC) {
-  using Vecs = VecArray<Vec, kCount>;
-  TileValues<kCount> decay[kStates], before[kStates];
-  Vecs state[kStates], rate[kStates], sum[kStates];
-#pragma GCC unroll 2
-  for (int s = 0; s < kStates; ++s) {
-    state[s] = load_array<kCount, Vec>(start + s * pitch, Vec::kLanes);
-    rate[s] = load_array<kCount, Vec>(A + s * A_pitch, Vec::kLanes);
-  }
+// One state of a tile. start: h before it; carry: a_{t+1} dh_{t+1} of the tile after it, in and out. B, C, dB and dC
+// have S of it for each step.
+template <int kCount>
+inline void state_backward(std::int64_t steps, BackwardTile<kCount>& tile, const float* A, const float* B,
+                           const float* C, std::int64_t S, const float* start, float* carry, float* dA, float* dB,
+                           float* dC) {
+  TileValues<kCount> decay, before;
+  auto state = load_array<kCount, Vec>(start, Vec::kLanes);
+  const auto rate = load_array<kCount, Vec>(A, Vec::kLanes);
   for (std::int64_t t = 0; t < steps; ++t) {
-    const Vecs dt = tile.step.at(t), u = tile.input.at(t);
-#pragma GCC unroll 2
-    for (int s = 0; s < kStates; ++s) {
-      const Vecs a = exp(dt * rate[s]);
-      decay[s].set(t, a);
-      before[s].set(t, state[s]);
-      state[s] = fma(a, state[s], u * broadcast(B[t * S + s]));
-    }
+    const auto a = exp(tile.step.at(t) * rate);
+    decay.set(t, a);
+    before.set(t, state);
+    state = fma(a, state, tile.input.at(t) * broadcast(B[t * S]));
   }
-  Vecs next[kStates];
-#pragma GCC unroll 2
-  for (int s = 0; s < kStates; ++s) {
-    next[s] = load_array<kCount, Vec>(carry + s * pitch, Vec::kLanes);
-    sum[s] = map<kCount>([](int) { return broadcast(0.0f); });
-  }
+  auto next = load_array<kCount, Vec>(carry, Vec::kLanes), sum = map<kCount>([](int) { return broadcast(0.0f); });
   for (std::int64_t t = steps - 1; t >= 0; --t) {
-    const Vecs dt = tile.step.at(t), u = tile.input.at(t), dy = tile.dy.at(t);
-    Vecs drate = tile.drate.at(t), dinput = tile.dinput.at(t);
-#pragma GCC unroll 2
-    for (int s = 0; s < kStates; ++s) {
-      const Vecs dh = fma(dy, broadcast(C[t * S + s]), next[s]);
-      float *to_dB = dB + (t * S + s) * Vec::kLanes, *to_dC = dC + (t * S + s) * Vec::kLanes;
-      Vec of_B = load(to_dB), of_C = load(to_dC);
+    const auto input = tile.input.at(t), dy = tile.dy.at(t);
+    const auto dh = fma(dy, broadcast(C[t * S]), next);
+    float *to_dB = dB + t * S * Vec::kLanes, *to_dC = dC + t * S * Vec::kLanes;
+    Vec of_B = load(to_dB), of_C = load(to_dC);
 #pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) {
-        of_B = fma(dh.vec[i], u.vec[i], of_B);
-        of_C = fma(dy.vec[i], state[s].vec[i], of_C);
-      }
-      store(to_dB, of_B);
-      store(to_dC, of_C);
-      dinput = fma(dh, broadcast(B[t * S + s]), dinput);
-      next[s] = dh * decay[s].at(t);
-      state[s] = before[s].at(t);
-      const Vecs dexponent = next[s] * state[s];
-      sum[s] = fma(dexponent, dt, sum[s]);
-      drate = fma(dexponent, rate[s], drate);
+    for (int i = 0; i < kCount; ++i) {
+      of_B = fma(dh.vec[i], input.vec[i], of_B);
+      of_C = fma(dy.vec[i], state.vec[i], of_C);
     }
-    tile.drate.set(t, drate);
-    tile.dinput.set(t, dinput);
+    store(to_dB, of_B);
+    store(to_dC, of_C);
+    tile.dinput.set(t, fma(dh, broadcast(B[t * S]), tile.dinput.at(t)));
+    next = dh * decay.at(t);
+    state = before.at(t);
+    const auto dexponent = next * state;
+    sum = fma(dexponent, tile.step.at(t), sum);
+    tile.drate.set(t, fma(dexponent, rate, tile.drate.at(t)));
   }
-#pragma GCC unroll 2
-  for (int s = 0; s < kStates; ++s) {
-    store_array(carry + s * pitch, next[s], Vec::kLanes);
-    add_to(dA + s * A_pitch, sum[s]);
-  }
+  store_array(carry, next, Vec::kLanes);
+  add_to(dA, sum);
 }
 
 // The slope of softplus, 1 above 20.
@@ -116,7 +93,7 @@ void scan_backward(const ScanBackwardCall& call, const ScanTask& task) {
       for (std::int64_t i = 0; i < of_states; ++i) states[i] = states[i - of_states];
       const std::int32_t* tokens = at.order + tile * kScanSteps;
       gather_rows(at.B, call.B.stride_l, tokens, kScanSteps, S, B);
-      for_each_vectors<Vec>(channels, [&](std::int64_t c, auto count, int lanes) {
+      for_each_vectors<Vec, kScanVectors>(channels, [&](std::int64_t c, auto count, int lanes) {
         constexpr int kCount = decltype(count)::value;
         TileValues<kCount> step, input;
         for (std::int64_t t = 0; t < kScanSteps; ++t) {
@@ -124,7 +101,7 @@ void scan_backward(const ScanBackwardCall& call, const ScanTask& task) {
           step.set(t, dt);
           input.set(t, dt * load_array<kCount, Vec>(at.x + tokens[t] * call.x.stride_l + c, lanes));
         }
-        advance_all<false>(kScanSteps, step, input, at.A + c, task.A_pitch, B, B, S, states + c, task.pitch, input);
+        advance<false>(kScanSteps, step, input, at.A + c, task.A_pitch, B, B, S, states + c, task.pitch, input);
       });
     }
 
@@ -142,7 +119,7 @@ void scan_backward(const ScanBackwardCall& call, const ScanTask& task) {
       gather_rows(at.B, call.B.stride_l, tokens, steps, S, B);
       gather_rows(at.C, call.C.stride_l, tokens, steps, S, C);
       for (std::int64_t i = 0; i < 2 * kScanSteps * S * kLanes; ++i) task.dB_dC[i] = 0.0f;
-      for_each_vectors<Vec>(channels, [&](std::int64_t c, auto count, int lanes) {
+      for_each_vectors<Vec, kScanVectors>(channels, [&](std::int64_t c, auto count, int lanes) {
         constexpr int kCount = decltype(count)::value;
         BackwardTile<kCount> tile;
         const auto zero = map<kCount>([](int) { return broadcast(0.0f); });
@@ -156,14 +133,10 @@ void scan_backward(const ScanBackwardCall& call, const ScanTask& task) {
           tile.drate.set(t, zero);
           tile.dinput.set(t, zero);
         }
-        std::int64_t s = 0;
-        const auto states = [&](auto together) {
-          states_backward<decltype(together)::value>(
-              steps, tile, at.A + s * task.A_pitch + c, task.A_pitch, B + s, C + s, S, starts + s * task.pitch + c,
-              carry + s * task.pitch + c, task.pitch, dA + s * task.A_pitch + c, dB + s * kLanes, dC + s * kLanes);
-        };
-        for (; s + 2 <= S; s += 2) states(Constant<2>{});
-        if (s < S) states(Constant<1>{});
+        for (std::int64_t s = 0; s < S; ++s) {
+          state_backward(steps, tile, at.A + s * task.A_pitch + c, B + s, C + s, S, starts + s * task.pitch + c,
+                         carry + s * task.pitch + c, dA + s * task.A_pitch + c, dB + s * kLanes, dC + s * kLanes);
+        }
 
         const auto skip = load_array<kCount, Vec>(at.skip + c, lanes);
         auto of_skip = zero, of_bias = zero;

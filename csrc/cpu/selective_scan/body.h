@@ -8,6 +8,8 @@
 namespace mambaout_kernels::cpu {
 namespace {
 
+constexpr int kScanVectors = 4;  // of channels, side by side: exp is a long chain
+
 template <typename Element>
 inline const Element* scan_rows(const ScanView& view, std::int64_t n, std::int64_t g) {
   return static_cast<const Element*>(view.data) + n * view.stride_n + g * view.stride_g;
@@ -57,44 +59,20 @@ struct TileValues {
   alignas(64) float values[kScanSteps * kPitch];
 };
 
-// States kStates at a time through a tile: h in and out, and C h added to out unless kOutput is false.
-template <int kStates, bool kOutput, int kCount>
-[[gnu::always_inline]] inline void advance(std::int64_t steps, const TileValues<kCount>& step,
-                                           const TileValues<kCount>& input, const float* A, std::int64_t A_pitch,
-                                           const float* B, const float* C, std::int64_t S, float* h,
-                                           std::int64_t h_pitch, TileValues<kCount>& out) {
-  using Vecs = VecArray<Vec, kCount>;
-  Vecs state[kStates], rate[kStates];
-#pragma GCC unroll 4
-  for (int s = 0; s < kStates; ++s) {
-    state[s] = load_array<kCount, Vec>(h + s * h_pitch, Vec::kLanes);
-    rate[s] = load_array<kCount, Vec>(A + s * A_pitch, Vec::kLanes);
-  }
-  for (std::int64_t t = 0; t < steps; ++t) {
-    const Vecs dt = step.at(t), u = input.at(t);
-    Vecs y;
-    if constexpr (kOutput) y = out.at(t);
-#pragma GCC unroll 4
-    for (int s = 0; s < kStates; ++s) {
-      state[s] = fma(exp(dt * rate[s]), state[s], u * broadcast(B[t * S + s]));
-      if constexpr (kOutput) y = fma(state[s], broadcast(C[t * S + s]), y);
-    }
-    if constexpr (kOutput) out.set(t, y);
-  }
-#pragma GCC unroll 4
-  for (int s = 0; s < kStates; ++s) store_array(h + s * h_pitch, state[s], Vec::kLanes);
-}
-
+// One state after the other through a tile: h [S] in and out, and C h added to out if kOutput. Vectors of channels, not
+// states, go side by side: B and C are the same for them.
 template <bool kOutput, int kCount>
-inline void advance_all(std::int64_t steps, const TileValues<kCount>& step, const TileValues<kCount>& input,
-                        const float* A, std::int64_t A_pitch, const float* B, const float* C, std::int64_t S, float* h,
-                        std::int64_t h_pitch, TileValues<kCount>& out) {
-  std::int64_t s = 0;
-  for (; s + 4 <= S; s += 4) {
-    advance<4, kOutput>(steps, step, input, A + s * A_pitch, A_pitch, B + s, C + s, S, h + s * h_pitch, h_pitch, out);
-  }
-  for (; s < S; ++s) {
-    advance<1, kOutput>(steps, step, input, A + s * A_pitch, A_pitch, B + s, C + s, S, h + s * h_pitch, h_pitch, out);
+inline void advance(std::int64_t steps, const TileValues<kCount>& step, const TileValues<kCount>& input, const float* A,
+                    std::int64_t A_pitch, const float* B, const float* C, std::int64_t S, float* h,
+                    std::int64_t h_pitch, TileValues<kCount>& out) {
+  for (std::int64_t s = 0; s < S; ++s) {
+    auto state = load_array<kCount, Vec>(h + s * h_pitch, Vec::kLanes);
+    const auto rate = load_array<kCount, Vec>(A + s * A_pitch, Vec::kLanes);
+    for (std::int64_t t = 0; t < steps; ++t) {
+      state = fma(exp(step.at(t) * rate), state, input.at(t) * broadcast(B[t * S + s]));
+      if constexpr (kOutput) out.set(t, fma(state, broadcast(C[t * S + s]), out.at(t)));
+    }
+    store_array(h + s * h_pitch, state, Vec::kLanes);
   }
 }
 
@@ -145,7 +123,7 @@ void scan_forward(const ScanForwardCall& call, const ScanTask& task) {
       const std::int32_t* tokens = at.order + first;
       gather_rows(at.B, call.B.stride_l, tokens, steps, S, B);
       gather_rows(at.C, call.C.stride_l, tokens, steps, S, C);
-      for_each_vectors<Vec>(task.end - task.begin, [&](std::int64_t c, auto count, int lanes) {
+      for_each_vectors<Vec, kScanVectors>(task.end - task.begin, [&](std::int64_t c, auto count, int lanes) {
         constexpr int kCount = decltype(count)::value;
         TileValues<kCount> step, input, out;
         const auto skip = load_array<kCount, Vec>(at.skip + c, lanes),
@@ -158,7 +136,7 @@ void scan_forward(const ScanForwardCall& call, const ScanTask& task) {
           input.set(t, dt * x);
           out.set(t, skip * x);
         }
-        advance_all<true>(steps, step, input, at.A + c, task.A_pitch, B, C, S, task.states + c, task.pitch, out);
+        advance<true>(steps, step, input, at.A + c, task.A_pitch, B, C, S, task.states + c, task.pitch, out);
         for (std::int64_t t = 0; t < steps; ++t) put(y, add, tokens[t], c, lanes, out.at(t));
       });
     }

@@ -26,10 +26,10 @@ inline void for_each_vector(std::int64_t count, Body body) {
   for (; offset + kLanes <= count; offset += kLanes) body(offset, kLanes);
   if (offset < count) body(offset, static_cast<int>(count - offset));
 }
-// Calls body(offset, Constant<vectors>, lanes_in_use of the last vector) likewise, up to V::kUnroll vectors at a time.
-template <typename V, typename Body>
+// Calls body(offset, Constant<vectors>, lanes_in_use of the last vector) likewise, up to kMost vectors at a time.
+template <typename V, int kMost = V::kUnroll, typename Body>
 inline void for_each_vectors(std::int64_t count, Body body) {
-  constexpr int kLanes = V::kLanes, kMost = V::kUnroll;
+  constexpr int kLanes = V::kLanes;
   std::int64_t offset = 0;
   for (; offset + kMost * kLanes <= count; offset += kMost * kLanes) body(offset, Constant<kMost>{}, kLanes);
   if constexpr (kMost > 2) {
