@@ -28,6 +28,7 @@ SLOW = (
     "test_fallback_install", "test_fuzz", "test_generated", "test_gpu_acceptance", "test_latency", "test_namespace",
     "test_peers", "test_adapters",
     "test_timm", "test_soak", "test_triton_variants", "test_wheel",
+    "test_a_run_of_models_against_each_other",
     "test_aotinductor", "test_bench_block_measures_memory", "test_bench_model_on_photographs",
     "test_bench_writes_what_it_measured", "test_environment_variable", "test_a_process_and_its_pipe",
     "test_interrupt_of_a_process", "test_interrupt_while_torch_is_imported", "test_kernelized_block_compiles",

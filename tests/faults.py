@@ -544,30 +544,65 @@ FAULTS += [
 
 # The selective scan: the reference, the CPU's kernels, orders.
 FAULTS += [
-    FaultySource("mambaout_kernels/comparators/reference.py", "dexponent = carried * states[t]",
-                 "dexponent = carried * states[t + 1]", f"{_SCANS} own_gradients"),
-    FaultySource("mambaout_kernels/comparators/reference.py", "torch.where(z > 20, 1.0,", "torch.where(z > 20, 0.9,",
-                 f"{_SCANS} own_gradients"),
-    FaultySource(f"{_SCAN}/body.h", "const bool add = call.shared && g > 0;", "const bool add = false;",
-                 f"{_SCANS} test_forward"),
-    FaultySource(f"{_SCAN}/backward_body.h", "next = dh * decay.at(t);", "next = dh;",
-                 f"{_SCANS} test_forward"),
-    FaultySource(f"{_SCAN}/backward_body.h", "states[i] = states[i - of_states];", "states[i] = 0.0f;",
-                 f"{_SCANS} test_forward"),
-    FaultySource(f"{_SCAN}/backward_body.h", "select_less(broadcast(20.0f), x, broadcast(1.0f), sigmoid(x))",
-                 "broadcast(1.0f) - sigmoid(x)", f"{_SCANS} test_forward"),
-    FaultySource(f"{_SCAN}/dispatch.cpp", "token >= L || visited[token] == g + 1", "token >= L",
-                 f"{_SCANS} bad_arguments"),
-    FaultySource(f"{_SCAN}/dispatch.cpp", "ceil_div(task.end - task.begin, at.lanes) * at.lanes", "at.pitch",
-                 "tests/comparators/test_scan_launch.py -k 'plain and False'"),
-    FaultySource("csrc/cpu/simd/exponentials.h", "broadcast(20.0f), x, x, both", "broadcast(3.0f), x, x, both",
-                 f"{_SCANS} extremes"),
-    FaultySource("mambaout_kernels/comparators/scan_orders.py", "rows[1::2].flip(1)", "rows[1::2]",
-                 "tests/comparators/test_scan_orders.py"),
-    FaultySource("mambaout_kernels/comparators/ledger.py", "if func.is_view or not made:", "if not made:",
-                 "tests/comparators/test_mixers.py -k ledger"),
-    FaultySource("mambaout_kernels/comparators/sweep.py", "share = -ratio / (next_ratio - ratio)", "share = 0.5",
-                 "tests/comparators/test_mixers.py -k crossings"),
-    FaultySource("mambaout_kernels/comparators/triton_kernels/launch.py", "wanted < 3", "True",
-                 f"{_SCAN_LAUNCH} -k chunk"),
+    FaultySource(
+        "mambaout_kernels/comparators/reference.py",
+        "dexponent = carried * states[t]",
+        "dexponent = carried * states[t + 1]",
+        f"{_SCANS} own_gradients",
+    ),
+    FaultySource(
+        "mambaout_kernels/comparators/reference.py",
+        "torch.where(z > 20, 1.0,",
+        "torch.where(z > 20, 0.9,",
+        f"{_SCANS} own_gradients",
+    ),
+    FaultySource(
+        f"{_SCAN}/body.h", "const bool add = call.shared && g > 0;", "const bool add = false;", f"{_SCANS} test_forward"
+    ),
+    FaultySource(f"{_SCAN}/backward_body.h", "next = dh * decay.at(t);", "next = dh;", f"{_SCANS} test_forward"),
+    FaultySource(
+        f"{_SCAN}/backward_body.h", "states[i] = states[i - of_states];", "states[i] = 0.0f;", f"{_SCANS} test_forward"
+    ),
+    FaultySource(
+        f"{_SCAN}/backward_body.h",
+        "select_less(broadcast(20.0f), x, broadcast(1.0f), sigmoid(x))",
+        "broadcast(1.0f) - sigmoid(x)",
+        f"{_SCANS} test_forward",
+    ),
+    FaultySource(
+        f"{_SCAN}/dispatch.cpp", "token >= L || visited[token] == g + 1", "token >= L", f"{_SCANS} bad_arguments"
+    ),
+    FaultySource(
+        f"{_SCAN}/dispatch.cpp",
+        "ceil_div(task.end - task.begin, at.lanes) * at.lanes",
+        "at.pitch",
+        "tests/comparators/test_scan_launch.py -k 'plain and False'",
+    ),
+    FaultySource(
+        "csrc/cpu/simd/exponentials.h",
+        "broadcast(20.0f), x, x, both",
+        "broadcast(3.0f), x, x, both",
+        f"{_SCANS} extremes",
+    ),
+    FaultySource(
+        "mambaout_kernels/comparators/scan_orders.py",
+        "rows[1::2].flip(1)",
+        "rows[1::2]",
+        "tests/comparators/test_scan_orders.py",
+    ),
+    FaultySource(
+        "mambaout_kernels/comparators/ledger.py",
+        "if func.is_view or not made:",
+        "if not made:",
+        "tests/comparators/test_mixers.py -k ledger",
+    ),
+    FaultySource(
+        "mambaout_kernels/comparators/sweep.py",
+        "share = -ratio / (next_ratio - ratio)",
+        "share = 0.5",
+        "tests/comparators/test_mixers.py -k crossings",
+    ),
+    FaultySource(
+        "mambaout_kernels/comparators/triton_kernels/launch.py", "wanted < 3", "True", f"{_SCAN_LAUNCH} -k chunk"
+    ),
 ]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .. import backends
-from . import accuracy, cold_start, latency, machine, memory, overhead, peers, shapes, stages, workloads
+from . import accuracy, against, cold_start, latency, machine, memory, overhead, peers, shapes, stages, workloads
 from .accuracy import Comparison
+from .against import Against, Entrant
 from .latency import Load, Requests
 from .timing import Contender, Timing, by_cuda_events, by_host, interleave
 from .workloads import Cell, Workload
@@ -230,6 +231,53 @@ def overhead_rows(threads: int, budget_s: float) -> list[Row]:
     ours, native = rows
     difference: Row = {key: ours[key] - native[key] for key in ("min_s", "median_s")}
     return [*rows, ours | difference | {"contender": "difference"}]
+
+
+def against_rows(found: Against, threads: int, budget_s: float, watch: Watch, peaks: Peaks) -> list[Row]:
+    """One row per model and how it runs. One that is wrong has `check` false; others then have no time at all.
+
+    `budget_s` is of each model.
+    """
+    entrants = against.entrants(found)
+    cell = found.cells[0]
+    stopwatch = by_cuda_events() if cell.device == "cuda" else by_host()
+    contenders = [entrant.contender for entrant in entrants if entrant.contender is not None]
+    peak = peaks.now()  # here: checks may have taken minutes
+    with watch:
+        timings = interleave(contenders, budget_s * found.models, stopwatch=stopwatch)
+    variants = {entrant.model: entrant.facts["parameters"] for entrant in entrants if entrant.how != "as made"}
+    cells = {cell.label: cell for cell in found.cells}
+    rows = [_entrant_row(cells.get(each.model, cell), each, threads, timings, peak) for each in entrants]
+    fused = {row["label"]: row for row in rows if row["contender"] == "fused" and row.get("check")}
+    for row in rows:
+        if "parameters" in row:
+            row["nearest"] = against.nearest(row["parameters"], variants)
+            timed = "median_s" in row and row.get("check", True) and row["nearest"] in fused
+            row["times_fused"] = row["per_second"] / fused[row["nearest"]]["per_second"] if timed else None
+    return rows
+
+
+def _entrant_row(cell: Cell, entrant: Entrant, threads: int, timings: dict[str, Timing], peak: dict[str, float]) -> Row:
+    """Without what is relative to MambaOut."""
+    row = {**_described(cell, threads), "subject": "against", "label": entrant.model, "contender": entrant.how}
+    row["backend"] = _scan_backend(cell, entrant) if entrant.how == "as made" else _backend(cell, entrant.how)
+    row |= entrant.facts
+    del row["variant"]
+    if entrant.contender is not None:
+        timing = timings[entrant.contender.name]
+        row |= {**_timed(timing), "per_second": cell.batch / timing.median}
+        if cell.mode == "fwd" and row["macs"] is not None:
+            row |= _rate(2 * row["macs"], cell, timing.median, peak)
+    if entrant.comparison is not None:
+        row |= _check(entrant.comparison)
+    return row if entrant.failure is None else row | {"failure": entrant.failure}
+
+
+def _scan_backend(cell: Cell, entrant: Entrant) -> str:
+    if not against.made_here(entrant.model):
+        return "PyTorch"
+    name = against.scan_backend(cell)
+    return f"PyTorch, scan: {name} ({machine.isa()})" if name == "cpu" else f"PyTorch, scan: {name}"
 
 
 def latency_rows(load: Load, threads: int, budget_s: float, most: int, folder: Path | None) -> list[Row]:

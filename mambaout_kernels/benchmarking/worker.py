@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .against import Against
 from .latency import MOST_REQUESTS, Load
 from .shapes import Shape
 from .workloads import Cell
@@ -19,7 +20,8 @@ from .workloads import Cell
 
 @dataclass
 class Job:
-    """On one number of threads: cells to time, whole and by parts, whose memory to measure, to load, to start cold."""
+    """On one number of threads: cells to time, whole and by parts, whose memory to measure, to load, to start cold, and
+    models to compare."""
 
     threads: int
     budget_s: float
@@ -30,12 +32,18 @@ class Job:
     loads: list[Load] = field(default_factory=list)
     most_requests: int = MOST_REQUESTS
     cold_starts: list[Cell] = field(default_factory=list)
+    against: list[Against] = field(default_factory=list)
     folder: str | None = None  # where exported models are kept for the jobs that follow
 
     @property
     def steps(self) -> int:
         cells = len(self.timed) + len(self.parts) + len(self.memory) + len(self.cold_starts)
-        return cells + len(self.loads) + int(self.overhead)
+        return cells + len(self.loads) + len(self.against) + int(self.overhead)
+
+    @property
+    def least_s(self) -> float:
+        """What the timing takes at least: a budget for each step, and for each model of a comparison."""
+        return self.budget_s * (self.steps + sum(each.models - 1 for each in self.against))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -47,6 +55,9 @@ class Job:
             content[key] = [_cell(cell) for cell in content[key]]
         content["loads"] = [
             Load(_cell(load["cell"]), tuple(load["clients"]), load["workers"]) for load in content["loads"]
+        ]
+        content["against"] = [
+            Against(tuple(map(_cell, each["cells"])), tuple(each["others"])) for each in content["against"]
         ]
         return cls(**content)
 
@@ -83,7 +94,11 @@ def events(job: Job) -> Iterator[dict[str, Any]]:
     for cell in job.parts:
         yield {"step": f"parts of {cell.label} {cell.dtype}, batch {cell.batch}"}
         yield {"rows": measure.stage_rows(cell, job.threads, job.budget_s, peaks.now(), watch)}
-    disturbances = watch.disturbances(job.threads) if job.timed or job.parts else []
+    for each in job.against:
+        cell = each.cells[0]
+        yield {"step": f"{each.models} models {cell.mode} {cell.dtype}, batch {cell.batch}, against each other"}
+        yield {"rows": measure.against_rows(each, job.threads, job.budget_s, watch, peaks)}
+    disturbances = watch.disturbances(job.threads) if job.timed or job.parts or job.against else []
     disturbances += peaks.disturbances(job.threads)
     for cell in job.memory:
         yield {"step": f"memory of {cell.subject} {cell.mode} {cell.label} {cell.dtype}, batch {cell.batch}"}

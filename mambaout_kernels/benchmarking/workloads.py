@@ -120,14 +120,15 @@ def running(cell: Cell, name: str) -> Iterator[None]:
         yield
 
 
-def _stored_dtype(cell: Cell) -> torch.dtype:
+def stored_dtype(cell: Cell) -> torch.dtype:
+    """Of parameters and inputs."""
     return torch.float32 if cell.autocast else DTYPES[cell.dtype]
 
 
 def _op_problem(cell: Cell, full_channel: bool, dtype: torch.dtype) -> Problem:
     u, weight, bias = inputs.op_inputs(cell.shape, cell.batch, cell.source, full_channel)
     leaves = {
-        name: t.to(cell.device, _stored_dtype(cell)).to(dtype).requires_grad_(cell.mode != "fwd")
+        name: t.to(cell.device, stored_dtype(cell)).to(dtype).requires_grad_(cell.mode != "fwd")
         for name, t in (("u", u), ("weight", weight), ("bias", bias))
     }
     return Problem(lambda: gated_dwconv(leaves["u"], leaves["weight"], leaves["bias"], cell.shape.act), leaves)
@@ -156,7 +157,7 @@ def _model_problem(cell: Cell, full_channel: bool, dtype: torch.dtype) -> Proble
 
 
 def _module_problem(cell: Cell, module: nn.Module, x: Tensor, dtype: torch.dtype, wrt_input: bool) -> Problem:
-    stored = _stored_dtype(cell)
+    stored = stored_dtype(cell)
     module = inputs.enlivened(module).to(cell.device, stored).to(dtype)
     x = x.to(cell.device, stored).to(dtype).requires_grad_(wrt_input and cell.mode != "fwd")
     leaves: dict[str, Tensor] = dict(module.named_parameters())
@@ -170,7 +171,7 @@ _PROBLEMS = {"op": _op_problem, "block": _block_problem, "model": _model_problem
 
 def problem(cell: Cell, full_channel: bool = False, dtype: torch.dtype | None = None) -> Problem:
     """The cell's function on its inputs; in fp64, the same (rounded) values in fp64."""
-    return _PROBLEMS[cell.subject](cell, full_channel, dtype or _stored_dtype(cell))
+    return _PROBLEMS[cell.subject](cell, full_channel, dtype or stored_dtype(cell))
 
 
 def gradient_of(y: Tensor) -> Tensor:
@@ -178,7 +179,8 @@ def gradient_of(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
 
 
-def _contender(name: str, cell: Cell, posed: Problem) -> Contender:
+def make_contender(name: str, cell: Cell, posed: Problem) -> Contender:
+    """The problem in the cell's mode, in the context of the contender of this name."""
     context = partial(running, cell, name)
     if cell.mode == "fwd":
         return Contender(name, lambda _: posed.forward(), context=context)
@@ -288,7 +290,7 @@ def _built(name: str, cell: Cell, partial_channel: Problem, folder: Path) -> Con
         posed = _own(name, cell, posed)
     elif name in _COMPILED:
         posed = _compiled(posed, _COMPILED[name])
-    contender = _contender(name, cell, posed)
+    contender = make_contender(name, cell, posed)
     if name in _COMPILED:
         with contender.context():
             contender.run(contender.prepare())
@@ -328,8 +330,8 @@ def verify(cell: Cell, name: str = "fused") -> list[accuracy.Comparison]:
     """
     cell = replace(cell, batch=min(cell.batch, CHECKED_BATCH))
     posed = problem(cell)
-    exact = _results(replace(cell, autocast=False), problem(cell, dtype=torch.float64), "eager")
-    actual, eager = _results(cell, _own(name, cell, posed), name), _results(cell, posed, "eager")
+    exact = results(replace(cell, autocast=False), problem(cell, dtype=torch.float64), "eager")
+    actual, eager = results(cell, _own(name, cell, posed), name), results(cell, posed, "eager")
     found = [] if cell.subject == "op" else accuracy.compare_model(actual, eager, exact)
     if cell.subject != "model":
         # Without kernels ours is eager, whose convolutions in two bytes may add up in two bytes: beyond any bound.
@@ -352,7 +354,8 @@ def _bounds(cell: Cell, posed: Problem, y: Tensor) -> dict[str, Tensor]:
     return {name if name == "y" else f"d{name}": bound for name, bound in bounds.items()}
 
 
-def _results(cell: Cell, posed: Problem, name: str) -> dict[str, Tensor]:
+def results(cell: Cell, posed: Problem, name: str) -> dict[str, Tensor]:
+    """The output "y", and unless the mode is "fwd" the gradient of every leaf, "d" and its name."""
     with running(cell, name):
         y = posed.forward()
         if cell.mode == "fwd":

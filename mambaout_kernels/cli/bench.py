@@ -11,13 +11,25 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..benchmarking import inputs, machine, peers, plot, plot_latency, report, report_parts, shapes, workloads
+from ..benchmarking import (
+    inputs,
+    machine,
+    peers,
+    plot,
+    plot_against,
+    plot_latency,
+    report,
+    report_parts,
+    shapes,
+    workloads,
+)
+from ..benchmarking.against import Against
 from ..benchmarking.measure import Row
 from ..benchmarking.run import Outcome, WorkerError
 from ..benchmarking.run import run as run_jobs
 from ..benchmarking.worker import Job
 from ..benchmarking.workloads import Cell
-from . import latency
+from . import against, latency
 from .terminal import (
     UsageError,
     check_writable,
@@ -46,6 +58,7 @@ _NEXT = {
     "block": "`mambaout-kernels bench model`",
     "op": "`mambaout-kernels bench block`",
 }
+_PLOTS = {"latency": plot_latency.draw, "against": plot_against.draw}  # by the file's name; others have bars
 _DEFAULT_MODES = {"op": ["fwd", "bwd"], "block": ["fwd", "train"], "model": ["fwd"]}
 
 
@@ -130,6 +143,7 @@ def _add_selection(command: argparse.ArgumentParser, name: str) -> None:
     if name == "model":
         command.add_argument("--stages", action=argparse.BooleanOptionalAction, default=True,
                              help="fused and eager part by part too: stem, stages, downsamples, head")  # fmt: skip
+        against.add_argument(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: not a quiet machine: {warning}", file=sys.stderr)
     steps = sum(job.steps for job in jobs)
-    if (least := steps * args.budget) > 10:
+    if (least := sum(job.least_s for job in jobs)) > 10:
         print(f"{steps} steps; the timing alone takes some {least:.0f} s, checks against fp64 as long", file=sys.stderr)
     try:
         with progress(steps) as step:
@@ -185,7 +199,7 @@ def _check_memory(jobs: Sequence[Job]) -> None:
     if not hasattr(os, "sysconf"):
         return
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for cell in (cell for job in jobs for cell in (*job.timed, *job.memory, *(load.cell for load in job.loads))):
+    for cell in (cell for job in jobs for cell in _largest_cells(job)):
         shape = cell.shape
         u = cell.batch * shape.height * shape.width * 2 * shape.hidden * workloads.DTYPES[cell.dtype].itemsize
         if u > available:
@@ -193,6 +207,12 @@ def _check_memory(jobs: Sequence[Job]) -> None:
                 f"--batch {cell.batch}: u of {shape.label} alone takes {u / 1e9:.0f} GB, this machine has "
                 f"{available / 1e9:.0f} GB"
             )
+
+
+def _largest_cells(job: Job) -> list[Cell]:
+    """Those whose activations may not fit."""
+    others = [*(load.cell for load in job.loads), *(cell for each in job.against for cell in each.cells)]
+    return [*job.timed, *job.memory, *others]
 
 
 def _device(wanted: str) -> str:
@@ -225,11 +245,20 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     modes = list(dict.fromkeys(_MODES[mode] for mode in args.mode))
     cells = _cells(args, args.what, modes, device)
     whole = [cell for cell in cells if cell.mode == "fwd"] if getattr(args, "stages", False) else []
-    jobs = [Job(count, args.budget, cells, whole) for count in threads]
+    compared = _comparisons(args, modes, device) if getattr(args, "against", None) else []
+    jobs = [Job(count, args.budget, cells, whole, against=compared) for count in threads]
     if getattr(args, "memory", False):
         steps = [mode for mode in modes if mode != "bwd"]
         jobs.append(Job(max(threads), args.budget, memory=_cells(args, args.what, steps, device)))
     return jobs
+
+
+def _comparisons(args: argparse.Namespace, modes: Sequence[str], device: str) -> list[Against]:
+    """Of --against: its variants of MambaOut join those of --variant."""
+    variants, others = against.names(args.against)
+    both = list(dict.fromkeys([*args.variant, *variants]))
+    with_both = argparse.Namespace(**{**vars(args), "variant": both})
+    return against.comparisons(_cells(with_both, "model", modes, device), others)
 
 
 def _cells(args: argparse.Namespace, subject: str, modes: Sequence[str], device: str) -> list[Cell]:
@@ -296,14 +325,16 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
     show_table("images per second, by medians", *report.throughput_table(outcome.rows))
     show_table("microseconds per call", *report.overhead_table(outcome.rows))
     latency.show(outcome.rows)
+    against.show(getattr(args, "against", []), outcome.rows)
     wrong = report.red(outcome.rows)
     if wrong:
-        print(f"WRONG: in {len(wrong)} comparisons fused is further from fp64 than allowed; they have no speed-up")
+        print(f"WRONG: {len(wrong)} results are further from fp64 than allowed; they have no speed-up")
     if slower := report.slower_cells(outcome.rows):
         print(f"SLOWER: fused is slower than another in {len(slower)} comparisons:", *slower, sep="\n  ")
     if getattr(args, "peers", False) and (line := peers.left_out()) is not None:
         print(line)
-    for name, failure in sorted({(row["contender"], row["failure"]) for row in outcome.rows if "failure" in row}):
+    failed = [row for row in outcome.rows if "failure" in row and row["subject"] != "against"]
+    for name, failure in sorted({(row["contender"], row["failure"]) for row in failed}):
         refused = failure.startswith(workloads.NOT_AVAILABLE)
         print(f"{workloads.CONTENDERS[name]} {'' if refused else 'failed: '}{failure}")
     for warning in warnings:
@@ -315,24 +346,27 @@ def _show(args: argparse.Namespace, outcome: Outcome, warnings: Sequence[str]) -
 
 def _write(args: argparse.Namespace, outcome: Outcome, settings: dict[str, Any], warnings: Sequence[str]) -> None:
     document = report.document(args.what, outcome, settings, warnings)
-    json_file, csv_file, *png_file = _files(args)
+    json_file, csv_file, *plots = _files(args)
     written = [json_file, csv_file]
     with writing("--out", args.out):
         report.write_json(json_file, document)
         report.write_csv(csv_file, outcome.rows)
-        for path in png_file:
-            about = document["machine"]
-            hardware = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
-            title = f"{hardware}, torch {about['torch']}, {document['created']}"
-            written += [path] * _draw(args.what, path, outcome.rows, title)
+        about = document["machine"]
+        hardware = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
+        title = f"{hardware}, torch {about['torch']}, {document['created']}"
+        written += [path for path in plots if _draw(path, outcome.rows, title)]
     print("written:", ", ".join(printable(str(path)) for path in written))
 
 
 def _files(args: argparse.Namespace) -> list[Path]:
-    return [args.out / f"{args.what}.{suffix}" for suffix in ("json", "csv", "png")[: 2 + args.plot]]
+    """The JSON, the CSV, and the plots."""
+    names = [f"{args.what}.json", f"{args.what}.csv"]
+    if args.plot:
+        names += [f"{args.what}.png"] + ["against.png"] * bool(getattr(args, "against", []))
+    return [args.out / name for name in names]
 
 
-def _draw(what: str, path: Path, rows: Sequence[Row], title: str) -> bool:
-    if what == "latency":
-        return plot_latency.draw(path, rows, title)
+def _draw(path: Path, rows: Sequence[Row], title: str) -> bool:
+    if path.stem in _PLOTS:
+        return _PLOTS[path.stem](path, rows, title)
     return plot.draw(path, report.timed_cells(rows), title)

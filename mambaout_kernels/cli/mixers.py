@@ -109,10 +109,13 @@ def run(args: argparse.Namespace) -> int:
     from ..comparators import plot_mixers, sweep
     from ..comparators.mixers import MIXERS, create_layer
 
-    names = args.mixers or list(MIXERS)
+    names = args.mixers or [name for name, mixer in MIXERS.items() if mixer.unavailable(args.device) is None]
     unknown = [name for name in names if name not in MIXERS]
     if unknown:
         raise UsageError(f"--mixers must be in {', '.join(MIXERS)}; got {', '.join(unknown)}")
+    for name in names:
+        if (reason := MIXERS[name].unavailable(args.device)) is not None:
+            raise UsageError(f"--mixers {name} cannot run: {reason}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here")
     for dim in args.dim:

@@ -44,9 +44,13 @@ def writing(argument: str, path: Path) -> Iterator[None]:
         raise UsageError(f"{argument} {path} cannot be written: {error.strerror or error}") from None
 
 
+def installed(module: str) -> bool:
+    return find_spec(module) is not None
+
+
 def require(module: str, package: str, extra: str, purpose: str) -> None:
     """UsageError, naming what to install, when an optional dependency is missing."""
-    if find_spec(module) is None:
+    if not installed(module):
         raise UsageError(f"{purpose} needs {package}: pip install {package}, or mambaout-kernels[{extra}]")
 
 
@@ -89,7 +93,7 @@ def positive_seconds(text: str) -> float:
 
 
 def _rich() -> bool:
-    return find_spec("rich") is not None
+    return installed("rich")
 
 
 def show_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..models import VARIANTS
 from ..nn.block import FusedGatedCNNBlock
 from ..ops.gated_dwconv import gated_dwconv
-from . import ssm
+from . import mamba_ssm, ssm
 from .layers import Linear
 
 
@@ -136,11 +136,19 @@ class Pooling(nn.Module):
 
 @dataclass(frozen=True)
 class Mixer:
-    """A token mixer: what it is called, made from a width; `alone` if its papers put no MLP beside it."""
+    """A token mixer: what it is called, made from a width.
+
+    alone: its papers put no MLP beside it. unavailable: why it cannot run on a type of device; None where it can.
+    """
 
     label: str
     make: Callable[[int], nn.Module]
     alone: bool = False
+    unavailable: Callable[[str], str | None] = lambda device: None
+
+
+def _mamba_ssm_unavailable(device: str) -> str | None:
+    return "mamba_ssm's kernel runs on a GPU" if device == "cpu" else mamba_ssm.unavailable()
 
 
 MIXERS: dict[str, Mixer] = {
@@ -149,6 +157,9 @@ MIXERS: dict[str, Mixer] = {
     "attention": Mixer("attention", Attention),
     "attention-causal": Mixer("attention, causal", partial(Attention, causal=True)),
     "cross-scan": Mixer("cross-scan (VMamba)", ssm.SS2D, alone=True),
+    "cross-scan-mamba-ssm": Mixer(
+        "cross-scan by mamba_ssm's kernel", ssm.SS2DByMambaSSM, alone=True, unavailable=_mamba_ssm_unavailable
+    ),
     "local-scan": Mixer("local window scan (LocalVMamba)", ssm.LocalScan, alone=True),
     "atrous-scan": Mixer("atrous skip scan (EfficientVMamba)", ssm.AtrousScan, alone=True),
     "bidirectional-scan": Mixer("bidirectional scan (Vim)", ssm.Bidirectional, alone=True),

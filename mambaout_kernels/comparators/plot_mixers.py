@@ -12,7 +12,8 @@ from .sweep import Row
 STYLES = {
     "gated-conv": ("#17406b", "-"), "gated-conv-full": ("#7aa6d6", "-"),
     "attention": ("#b3282d", "-"), "attention-causal": ("#e08a8d", "-"),
-    "cross-scan": ("#1e6b3a", "-"), "local-scan": ("#3f9b5f", "--"), "atrous-scan": ("#7cc495", "-"),
+    "cross-scan": ("#1e6b3a", "-"), "cross-scan-mamba-ssm": ("#1e6b3a", ":"),
+    "local-scan": ("#3f9b5f", "--"), "atrous-scan": ("#7cc495", "-"),
     "bidirectional-scan": ("#8a9a2b", "-"), "continuous-scan": ("#c2cc6b", "--"),
     "separable-conv": ("#7d5ba6", "-"), "inception": ("#b9a0d3", "-"), "depthwise": ("#8c8c8c", "-"),
     "pooling": ("#c4c4c4", "-"),

@@ -132,7 +132,7 @@ def _check_gradient(dy: Tensor, x: Tensor, memory: bool = True) -> None:
         raise ValueError(f"dy must have x's shape, {tuple(x.shape)}; got {tuple(dy.shape)}")
 
 
-def _implementation(x: Tensor) -> str:
+def chosen(x: Tensor) -> str:
     """ "cpu", "triton" or "reference": what runs a scan of x."""
     if x.dtype == torch.float64 or backends.forced() == "reference":
         return "reference"
@@ -142,7 +142,7 @@ def _implementation(x: Tensor) -> str:
 
 
 def _forward_impl(*arguments: Tensor) -> Tensor:
-    runs_on = _implementation(arguments[0])
+    runs_on = chosen(arguments[0])
     if runs_on == "triton":
         from .triton_kernels import launch
 
@@ -159,7 +159,7 @@ def _forward_impl(*arguments: Tensor) -> Tensor:
 
 
 def _backward_impl(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-    runs_on = _implementation(arguments[0])
+    runs_on = chosen(arguments[0])
     if runs_on == "triton":
         from .triton_kernels import launch
 

@@ -12,12 +12,14 @@ from torch import nn
 
 from mambaout_kernels import backends, cli
 from mambaout_kernels.cli import mixers as command
-from mambaout_kernels.comparators import mixers, sweep
+from mambaout_kernels.comparators import mamba_ssm, mixers, ssm, sweep
 from mambaout_kernels.comparators.ledger import Ledger
-from mambaout_kernels.comparators.mixers import MIXERS, create_layer
+from mambaout_kernels.comparators.mixers import create_layer
+from mambaout_kernels.comparators.selective_scan import selective_scan
 from mambaout_kernels.comparators.sweep import Row, Setting, crossing
 
 DIM = 32
+MIXERS = {name: mixer for name, mixer in mixers.MIXERS.items() if mixer.unavailable("cpu") is None}
 
 
 def image(*size, dtype=torch.float32):
@@ -208,6 +210,17 @@ def test_a_layer_that_is_wrong_is_not_timed(monkeypatch):
         sweep.check("cross-scan", 32, Setting())
 
 
+def test_mamba_ssms_kernel_is_what_its_mixer_scans_with(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ssm.SS2DByMambaSSM, "scan_op", staticmethod(lambda *a: seen.append(1) or selective_scan(*a)))
+    torch.manual_seed(0)
+    layer, x = create_layer("cross-scan-mamba-ssm", DIM), image(4, 5)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), create_layer("cross-scan", DIM)(x))
+    assert seen == [1]
+    assert mixers.MIXERS["cross-scan-mamba-ssm"].unavailable("cuda") == mamba_ssm.unavailable()
+
+
 def test_training_is_timed_with_gradients():
     timed = sweep.Timed("attention", 32, 16, Setting(mode="train"))
     assert len(timed.run()) == 1 + len(list(timed.layer.parameters()))
@@ -261,6 +274,7 @@ def test_the_command(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--mixers", "atention"], "--mixers must be in gated-conv, .*; got atention"),
+        (["--mixers", "cross-scan-mamba-ssm"], "cannot run: mamba_ssm's kernel runs on a GPU"),
         (["--dim", "40"], "--dim 40: attention cannot be made: dim must be a multiple"),
         (["--device", "cuda"], "--device cuda: torch sees no GPU here"),
     ],
