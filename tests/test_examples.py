@@ -150,3 +150,103 @@ def test_scenes_are_what_they_say():
             assert mask[y0:y1, x0:x1].sum() == mask.sum()
         sizes.add(tuple(scene.image.shape[1:]))
     assert any(side % 32 for size in sizes for side in size)
+
+
+MOMENT = ["--epochs", "2", "--train-images", "100", "--seeds", "2", "--threads", "1"]
+
+
+def ablation(out):
+    """What ablation.py wrote, without times."""
+    results = json.loads((out / "results.json").read_text())
+    for row in results["runs"] + results.get("models", []):
+        assert row.pop("seconds_per_epoch") > 0
+    return results
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "ablation"
+    assert run("ablation", out, *MOMENT) == 0
+    return out
+
+
+def test_ablation_writes_what_it_should(ablated):
+    from ablation import MODELS
+
+    results = ablation(ablated)
+    assert [(row["model"], row["seed"]) for row in results["runs"]] == [(m, seed) for seed in (0, 1) for m in MODELS]
+    assert all(0 <= row[key] <= 1 for row in results["runs"] for key in ("accuracy", "train_accuracy"))
+    means = [row["mean"] for row in results["models"]]
+    assert len(means) == 6
+    assert means == sorted(means, reverse=True)
+    scores = {row["name"]: row["values"] for row in results["models"]}
+    first = results["differences"][0]
+    assert len(results["differences"]) == 5
+    assert first["name"] == "ViT: visible - causal"
+    assert first["values"] == [a - b for a, b in zip(scores["ViT-visible"], scores["ViT-causal"], strict=True)]
+    assert all(row["zero_inside"] == (abs(row["mean"]) <= row["half"]) for row in results["differences"])
+    assert (ablated / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interval_is_students():
+    from intervals import mean_and_interval
+
+    result = mean_and_interval([1.0, 2.0, 3.0])
+    assert result["mean"] == 2.0
+    assert result["half"] == pytest.approx(4.3027 / 3**0.5, rel=1e-4)  # the 97.5 % quantile at two degrees of freedom
+
+
+def test_stopped_ablation_goes_on_to_the_same_numbers(ablated, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the third run."""
+    import ablation as module
+
+    whole, calls = module.run, []
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    models = ["--models", "ViT-causal", "GatedConv+SSM-visible"]
+    plot = ["--plot", str(tmp_path / "pictures" / "one.png")]
+    monkeypatch.setattr(module, "run", stops)
+    assert run("ablation", tmp_path, *MOMENT, *models, *plot) == 130
+    assert "has 2 finished runs" in capsys.readouterr().err
+    assert len(ablation(tmp_path)["runs"]) == 2
+    assert run("ablation", tmp_path, *MOMENT, *models, *plot) == 0
+    assert len(calls) == 5  # what was finished is not run again
+    known = {(row["model"], row["seed"]): row for row in ablation(ablated)["runs"]}
+    rows = ablation(tmp_path)["runs"]
+    assert len(rows) == 4
+    assert all(row == known[row["model"], row["seed"]] for row in rows)
+    assert (tmp_path / "pictures" / "one.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "3"], "is of other settings"),
+        (["--seeds", "1"], "--seeds must be 2 or more"),
+        (["--train-images", "1797"], "--train-images must be 10 to 1787"),
+    ],
+)
+def test_ablation_refuses(arguments, said, ablated, capsys):
+    assert run("ablation", ablated, *MOMENT, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mixer", ["ViT", "GatedConv", "GatedConv+SSM"])
+def test_causal_models_are_causal(mixer):
+    """A change at one token changes itself and some after it, none before; where all is visible, all."""
+    from ablation import Classifier
+
+    images = torch.randn(2, 8, 8)
+    changed = images.clone()
+    changed[:, 4:6, 2:4] += 1  # token 9 of 4 x 4
+    for mode in ("visible", "causal"):
+        model = Classifier(f"{mixer}-{mode}").eval()
+        with torch.no_grad():
+            differs = (model.tokens(images) != model.tokens(changed)).any(-1).any(0).flatten()
+        assert differs[:9].all() == differs[:9].any() == (mode == "visible")
+        assert differs[9:].all() if mode == "visible" else differs[9] and differs[10:].any()
