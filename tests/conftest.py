@@ -26,7 +26,7 @@ SLOW = (
     "test_cuda_binding", "test_cuda_build", "test_cuda_depthwise", "test_cuda_depthwise_binding",
     "test_cuda_depthwise_build", "test_cuda_host", "test_distributed", "test_docs", "test_examples",
     "test_fallback_install", "test_fuzz", "test_generated", "test_gpu_acceptance", "test_latency", "test_namespace",
-    "test_peers", "test_adapters",
+    "test_peers", "test_adapters", "test_scan_launch", "test_scan_report",
     "test_timm", "test_soak", "test_triton_variants", "test_wheel",
     "test_a_run_of_models_against_each_other",
     "test_aotinductor", "test_bench_block_measures_memory", "test_bench_model_on_photographs",

@@ -1,7 +1,5 @@
 """The selective scan: the reference against closed forms, and the compiled kernels against it and fp64."""
 
-import contextlib
-
 import numerics
 import pytest
 import scans
@@ -16,7 +14,6 @@ from mambaout_kernels.comparators.selective_scan import selective_scan
 
 OPS = torch.ops.mambaout_kernels
 needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the compiled CPU kernels")
-ISAS = [] if cpu.unavailable() else cpu.module.supported_cpu_capabilities()
 # N, G, L, D, S, shared: channels of one vector and less, of several tasks and with a remainder; states one at a time,
 # in fours and both; steps of one tile, of several, and of one more or less than a tile has.
 CASES = [
@@ -29,16 +26,6 @@ CASES = [
     (1, 2, 200, 16, 5, True),
     (2, 1, 1, 200, 7, False),
 ]
-
-
-@contextlib.contextmanager
-def instruction_set(name):
-    before = cpu.module.cpu_capability()
-    cpu.module.set_cpu_capability(name)
-    try:
-        yield
-    finally:
-        cpu.module.set_cpu_capability(before)
 
 
 # --- the reference ---
@@ -95,7 +82,6 @@ def test_an_order_is_a_permutation_before_and_after(shared):
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_gradients(case, dtype, isa):
@@ -103,8 +89,7 @@ def test_forward_and_gradients(case, dtype, isa):
     dy = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = scans.exact(arguments, order, dy)
     eager = scans.results(reference.selective_scan, arguments, order, dy)
-    with instruction_set(isa):
-        actual = scans.results(selective_scan, arguments, order, dy)
+    actual = scans.results(selective_scan, arguments, order, dy)
     for name in scans.NAMES:
         bound = scans.y_bound(arguments, order, exact["y"], dtype) if name == "y" else None
         assert actual[name].is_contiguous()
