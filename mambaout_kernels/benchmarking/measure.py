@@ -242,9 +242,10 @@ def against_rows(found: Against, threads: int, budget_s: float, watch: Watch, pe
     cell = found.cells[0]
     stopwatch = by_cuda_events() if cell.device == "cuda" else by_host()
     contenders = [entrant.contender for entrant in entrants if entrant.contender is not None]
-    peak = peaks.now()  # here: checks may have taken minutes
+    before = peaks.now()  # here: checks may have taken minutes
     with watch:
         timings = interleave(contenders, budget_s * found.models, stopwatch=stopwatch)
+    peak = {dtype: max(rate, before[dtype]) for dtype, rate in peaks.now().items()}
     variants = {entrant.model: entrant.facts["parameters"] for entrant in entrants if entrant.how != "as made"}
     cells = {cell.label: cell for cell in found.cells}
     rows = [_entrant_row(cells.get(each.model, cell), each, threads, timings, peak) for each in entrants]
