@@ -1,6 +1,6 @@
 """Prints the coefficients in exponentials.h: polynomials of least relative error, by Lawson's iteration.
 
-    python csrc/cpu/simd/fit_exponentials.py
+python csrc/cpu/simd/fit_exponentials.py
 """
 
 import numpy as np
@@ -26,7 +26,11 @@ def atanh_ratio(square):
 
 FITS = {
     "exp(r) = 1 + r q(r), |r| <= 0.5 ln 2": (
-        lambda r, k: r ** (k + 1) / np.exp(r), lambda r: 1 - np.exp(-r), -0.3466, 0.3466, 6
+        lambda r, k: r ** (k + 1) / np.exp(r),
+        lambda r: 1 - np.exp(-r),
+        -0.3466,
+        0.3466,
+        6,
     ),
     "atanh(s) = s q(s^2), s <= 1/3": (lambda t, k: t**k / atanh_ratio(t), np.ones_like, 1e-12, 1 / 9, 5),
 }
