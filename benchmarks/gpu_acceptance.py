@@ -5,6 +5,7 @@
     python benchmarks/gpu_acceptance.py --plan C      tiny in bf16 and under AMP: inference, training, memory, kernels
     python benchmarks/gpu_acceptance.py --plan D      base likewise
     python benchmarks/gpu_acceptance.py --plan E      both in float32, and blocks
+    python benchmarks/gpu_acceptance.py --plan F      what MambaOut is compared with: the selective scan, token mixers
     python benchmarks/gpu_acceptance.py --dry ...     the same on the CPU, small, to see that it runs
 
 From a bare checkout: needs torch, triton, nvcc, cmake, ninja and pybind11, and installs nothing. Every section is a

@@ -182,6 +182,20 @@ def split_block(settings: Settings, dtype: str) -> Found:
     yield from gpu_split_block.examine(settings.device, workloads.DTYPES[dtype])
 
 
+def scan(settings: Settings, dtype: str) -> Found:
+    import gpu_scan
+
+    from mambaout_kernels.benchmarking import workloads
+
+    yield from gpu_scan.examine(settings.device, workloads.DTYPES[dtype], settings.dry)
+
+
+def mixers(settings: Settings) -> Found:
+    import gpu_scan
+
+    yield from gpu_scan.mixers(settings.device, "fp32" if settings.dry else "bf16", settings.dry)
+
+
 def tests(settings: Settings) -> Found:
     """Those of `make test` that only a GPU can run."""
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("precision", "complaints")]
@@ -456,6 +470,8 @@ SECTIONS: dict[str, Section] = {
         for variant in (TINY, BASE)
     },
     "memory": Section(memory, 60),
+    **{f"scan-{dtype}": Section(partial(scan, dtype=dtype), 120) for dtype in DTYPES},
+    "mixers": Section(mixers, 180),
 }
 PLANS: dict[str, tuple[str, ...]] = {
     "A": ("facts", "build", "check-triton-bf16", "check-triton-fp32", "check-triton-fp16", "check-cuda-bf16",
@@ -472,4 +488,5 @@ PLANS: dict[str, tuple[str, ...]] = {
     "E": ("facts", "build", "ahead-train-tiny-fp32", "ahead-train-base-fp32", "ahead-fwd-tiny-fp32",
           "ahead-fwd-base-fp32", WAIT, "bandwidth", "model-tiny-fp32", "model-base-fp32", "block-inference", "block",
           "block-base"),
+    "F": ("facts", "build", "scan-bf16", "scan-fp32", "scan-fp16", "mixers"),
 }  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 from mambaout_kernels import backends
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("gpu_acceptance", "gpu_sections", "gpu_acceptance_report", "gpu_counters", "gpu_behaviour", "gpu_kernels")
+MODULES = ("gpu_acceptance", "gpu_sections", "gpu_acceptance_report", "gpu_counters", "gpu_behaviour", "gpu_kernels",
+           "gpu_scan")  # fmt: skip
 pytestmark = pytest.mark.skipif(backends.status()["cpu"] is not None, reason="the CPU kernels are not built")
 
 
@@ -35,6 +36,16 @@ def dry(out, *arguments):
 
 def only(*names):
     return [word for name in names for word in ("--only", name)]
+
+
+def test_the_scan_and_the_mixers(tmp_path):
+    status, text, records = dry(tmp_path, *only("scan-bf16", "mixers"))
+    assert status == 0, text
+    notes = [record["text"] for record in records if record["kind"] == "note"]
+    assert sum("the worst of 8 results" in note for note in notes) == 8
+    assert sum("states: " in note and "minimum / median" in note for note in notes) == 4
+    assert any(note.startswith("mixer cross-scan, fp32, D = 32, 256 tokens: ") for note in notes)
+    assert "attention is slower from so many tokens on, D = 32: gated-conv" in text
 
 
 def test_sections_and_their_report(tmp_path):
