@@ -36,7 +36,7 @@ nightly: $(READY)
 
 # Every comparison with eager again, eager held to what other processors have; the kernels run on all that this one has.
 # A setting beyond the processor changes nothing. inductor refuses to go with some of them.
-NUMERICS = $(shell grep -lE 'assert_(model_)?accurate|check_(backend|outputs)' -r tests --include=test_*.py --exclude-dir=triton_interpreter)
+NUMERICS = $(shell grep -lE 'assert_(model_)?accurate|check_(backend|outputs)|scans\.y_bound' -r tests --include=test_*.py --exclude-dir=triton_interpreter)
 processors: $(READY)
 	@set -e; for isa in "default SSE41 SSE4_2" "avx2 AVX2 AVX2" "avx512 AVX512_CORE AVX512"; do set -- $$isa; \
 	  echo "eager on $$1"; \
@@ -45,7 +45,7 @@ processors: $(READY)
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: tests/cpu_launch. Then the ops
 # under the first two, in 200,000 calls with valid, unusual and wrong arguments: tests/fuzz, half an hour.
 sanitize: $(READY)
-	$(RUN) -m pytest tests/csrc/test_cpu_launch.py -m "sanitize or not sanitize"
+	$(RUN) -m pytest tests/csrc/test_cpu_launch.py tests/comparators/test_scan_launch.py -m "sanitize or not sanitize"
 	$(RUN) tests/fuzz/fuzzer.py --sanitize --calls 200000
 
 lint: $(READY) docs

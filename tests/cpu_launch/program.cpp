@@ -417,7 +417,8 @@ void run_scan(const Call& call) {
   scan.ddelta_bias = reinterpret_cast<float*>(dbias.data());
   const Scratch workspace(cpu::selective_scan_backward_workspace_bytes(scan, threads), at_begin);
   cpu::selective_scan_backward(scan, threads, workspace.data(), on_threads);
-  finish({&x, &delta, &A, &B, &C, &skip, &bias, &order, &dy}, {&dx, &ddelta, &dA, &dB, &dC, &dskip, &dbias, &workspace});
+  finish({&x, &delta, &A, &B, &C, &skip, &bias, &order, &dy},
+         {&dx, &ddelta, &dA, &dB, &dC, &dskip, &dbias, &workspace});
   for (const Memory* output : {&dx, &ddelta, &dA, &dB, &dC, &dskip, &dbias}) output->write();
 }
 
