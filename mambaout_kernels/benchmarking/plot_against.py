@@ -97,7 +97,6 @@ def _write_names(ax: Any, rows: Sequence[Row]) -> None:
         text = ax.annotate(row["label"], point, (0, 0), textcoords="offset points", fontsize=7, in_layout=False)
         boxes = {}
         # Of models as accurate scans are the slower.
-        # Of models as accurate scans are the slower.
         sides = (LEFT, RIGHT) if "scan" in row["backend"] else (RIGHT, LEFT)
         for place in (*sides, BELOW, ABOVE):
             _move(text, place, _radius(row) + 2)

@@ -149,7 +149,8 @@ def run(args: argparse.Namespace) -> int:
     what = "block with norm, shortcut and, where its papers have one, MLP" if args.block else "token mixer"
     kind = {"fwd": "inference", "train": "forward and gradients"}[args.mode]
     title = f"one {what}, {kind}, {args.dtype}, batch {args.batch}; {hardware}; torch {about['torch']}"
-    _show(rows, args, title)
+    print(f"{title}; commit {about['commit'] or 'unknown'}")
+    _show(rows, args)
     if args.out is not None:
         with writing("--out", args.out):
             document = {"machine": about, "threads": threads, "setting": asdict(setting), "rows": [*map(asdict, rows)]}
@@ -163,10 +164,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(rows: Sequence[Any], args: argparse.Namespace, title: str) -> None:
+def _show(rows: Sequence[Any], args: argparse.Namespace) -> None:
     from ..comparators.mixers import MIXERS
 
-    print(f"{title}; commit {machine.commit() or 'unknown'}")
     names = list(dict.fromkeys(row.mixer for row in rows))
     for dim in args.dim:
         by_place = {(row.mixer, row.tokens): row for row in rows if row.dim == dim}

@@ -20,7 +20,6 @@ from .ledger import Ledger
 from .mixers import create_layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODES = ("fwd", "train")
 QUADRATIC = ("attention", "attention-causal")  # in the number of tokens; the others are linear
 CHECKED_TOKENS = 64  # the reference's scan takes a step of Python for each
 SHARES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of the largest value, that an output may be off by
