@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 # Before torch: where tests ask for more threads than there are cores, threads that wait busily take all of their time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -7,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from hypothesis import settings
+from processes import python
 
 from mambaout_kernels.backends import cpu
 
@@ -37,6 +39,22 @@ SLOW = (
 )  # fmt: skip
 
 
+# Files for one process of the tests: they use what takes long to build or to read, one after the other.
+TOGETHER = {"test_scan_launch": "test_cpu_launch", "test_cuda_depthwise_build": "test_cuda_build"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(Path(file).stem, Path(file).stem)
+
+    return ByFile(config, log)
+
+
 def pytest_addoption(parser):
     parser.addoption("--fast", action="store_true", help="of every test its first case, without the slow files")
 
@@ -61,6 +79,12 @@ def _same_start():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """The processes in which the package measures are forks of one that has torch imported."""
+    monkeypatch.setattr(sys, "executable", python())
 
 
 @pytest.fixture(params=ISAS)

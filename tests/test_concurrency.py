@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from processes import python
 from torch.utils.data import DataLoader, Dataset
 
 import mambaout_kernels as mk
@@ -217,7 +218,7 @@ assert torch.get_num_threads() == 2
 def test_a_forked_child_computes(made, used):
     """Without its parent's threads, if there were any; in plain PyTorch it would wait for them for ever."""
     code = FORKED.format(made=made, used=used)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -237,7 +238,7 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert torch.equal(mk.gated_dwconv(u, w, b), here)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -297,7 +298,7 @@ def test_an_interrupt_returns_after_one_op_and_leaves_nothing_broken(work):
     That is the bound, in ops and not in seconds: it holds on a machine that is busy with other things, too. The next
     calls of the same process have the same bits as before.
     """
-    command = [sys.executable, "-c", INTERRUPTED, work]
+    command = [python(), "-c", INTERRUPTED, work]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     hung = threading.Timer(200, process.kill)
     hung.start()
@@ -341,7 +342,7 @@ print("well")
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
 def test_an_interrupt_within_an_op_is_raised_when_it_returns():
-    done = subprocess.run([sys.executable, "-c", WITHIN_AN_OP], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python(), "-c", WITHIN_AN_OP], capture_output=True, text=True, timeout=120)
     assert done.stdout == "well\n", done.stderr
 
 
@@ -373,5 +374,5 @@ print("well")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 def test_out_of_memory_is_an_error_and_the_next_call_works():
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python(), "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
     assert done.stdout == "well\n", done.stderr

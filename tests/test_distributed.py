@@ -4,12 +4,12 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import distributed_training
 import pytest
 import torch
+from processes import python
 
 from mambaout_kernels.weights.checkpoints import load_into
 
@@ -27,7 +27,7 @@ def train(kind, folder):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     package = str(SCRIPT.parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
-    command = [sys.executable, *launcher, str(SCRIPT), kind, str(out)]
+    command = [python(), *launcher, str(SCRIPT), kind, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text()), out.with_suffix(".pth")

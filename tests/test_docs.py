@@ -7,10 +7,10 @@ import inspect
 import pkgutil
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 import mambaout_kernels as mk
 
@@ -28,9 +28,7 @@ def examples(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda page: page.name)
 def test_examples_run(page, tmp_path):
     """All of a page as one program, as a reader would paste them."""
-    done = subprocess.run(
-        [sys.executable, "-c", examples(page)], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run([python(), "-c", examples(page)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

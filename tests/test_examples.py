@@ -5,13 +5,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
@@ -66,7 +66,7 @@ def test_training_writes_what_it_should(trained):
 def test_killed_training_goes_on_without_loss(trained, tmp_path):
     """Killed in the midst of an epoch; then the same command gives the same curve and the same weights, bit for bit."""
     arguments = [*QUICK, "--set", "ema_decay=0.9"]
-    command = [sys.executable, str(EXAMPLES / "train.py"), "--out", str(tmp_path), *arguments]
+    command = [python(), str(EXAMPLES / "train.py"), "--out", str(tmp_path), *arguments]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     for _ in range(3000):
         if (tmp_path / "log.csv").exists() or process.poll() is not None:

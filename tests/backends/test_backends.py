@@ -3,7 +3,6 @@
 import asyncio
 import os
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from numerics import make_inputs
+from processes import python
 
 from mambaout_kernels import backends, gated_dwconv
 from mambaout_kernels.audit import cuda
@@ -181,7 +181,7 @@ def test_select_on_the_cpu():
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [python(), "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
     )
 
 

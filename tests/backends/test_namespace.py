@@ -2,8 +2,9 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+
+from processes import python
 
 import mambaout_kernels as mk
 
@@ -38,6 +39,6 @@ for package, namespace in ((vendor.copy_of_it, "vendor_copy_of_it"), (another, "
 def test_copies_do_not_meet(tmp_path):
     for name in ("vendor/copy_of_it", "another"):
         shutil.copytree(Path(mk.__file__).parent, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([python(), "-c", USE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["vendor_copy_of_it", "another"]

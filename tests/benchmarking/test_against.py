@@ -289,6 +289,7 @@ QUICK = ["--batch", "1", "--dtype", "fp32", "--threads", "1", "--budget", "0.001
 
 
 @needs_kernel
+@pytest.mark.usefixtures("forked_workers")
 def test_a_run_of_models_against_each_other(capsys, tmp_path):
     command = ["bench", "model", "--variant", "test_mambaout", "--against", SCAN, *QUICK, "--out", str(tmp_path)]
     assert main(command) == 0

@@ -444,6 +444,7 @@ def test_job_survives_json():
     assert Job.from_json(job.to_json()) == job
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_broken_worker_is_reported():
     job = Job(1, 0.001, [dataclasses.replace(CELL, subject="nonsense")])
     with pytest.raises(WorkerError, match="KeyError: 'nonsense'"):

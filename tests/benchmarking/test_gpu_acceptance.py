@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import python
 
 from mambaout_kernels import backends
 
@@ -28,7 +29,7 @@ def load(monkeypatch):
 
 def dry(out, *arguments):
     """(exit status, the report, the records) of a run in a process of its own."""
-    command = [sys.executable, str(BENCHMARKS / "gpu_acceptance.py"), "--dry", "--out", str(out), *arguments]
+    command = [python(), str(BENCHMARKS / "gpu_acceptance.py"), "--dry", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return done.returncode, (out / "REPORT.md").read_text(), records
@@ -136,7 +137,7 @@ PLANS = {"A": ("good",)}
 
     def run(self, *arguments):
         environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-        command = [sys.executable, str(self.script), "--dry", "--out", str(self.out), *arguments]
+        command = [python(), str(self.script), "--dry", "--out", str(self.out), *arguments]
         status = subprocess.run(command, env=environment, capture_output=True, text=True).returncode
         return status, (self.out / "REPORT.md").read_text()
 
@@ -160,7 +161,7 @@ def test_sections_beside_others_are_waited_for(tmp_path, names):
         f"g.run({names!r}, Settings(Path({str(tmp_path)!r}), 'v', False, time.time() + 60))"
     )
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    subprocess.run([python(), "-c", program], env=environment, check=True)
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     found = [record["section"] for record in records if record["kind"] == "note"]
     assert found == (["slow", "quick"] if "wait" in names else ["quick", "slow"])

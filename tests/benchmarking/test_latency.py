@@ -247,6 +247,7 @@ def test_a_cold_start_that_fails_says_what_it_wrote(tmp_path, monkeypatch):
         cold_start._run({"name": "eager"})
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_bench_latency(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 1)
     command = ["bench", "latency", "--variant", "test_mambaout", "--dtype", "fp32", "--batch", "1", "--no-cold-start"]

@@ -115,6 +115,7 @@ SMALL = ["bench", "model", "--variant", "test_mambaout", "--batch", "1", "--dtyp
 SMALL += ["--budget", "0.001", "--no-naive", "--no-compile", "--no-memory", "--input", "random"]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_is_missing_is_left_out_and_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "find_spec", lambda name: None if name in ("openvino", "onnxruntime") else object())
     assert peers.installed() == []
@@ -125,6 +126,7 @@ def test_what_is_missing_is_left_out_and_named(capsys, monkeypatch, tmp_path):
     assert {row["contender"] for row in rows} == {"fused", "modules", "eager"}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_no_peers_says_nothing_of_them(capsys):
     assert main([*SMALL, "--no-stages", "--no-peers"]) == 0
     out = capsys.readouterr().out

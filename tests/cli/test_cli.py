@@ -112,6 +112,7 @@ def test_check_refuses_a_backend_that_cannot_run(capsys, monkeypatch):
     assert "no such card" in err
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_bench_writes_what_it_measured(capsys, tmp_path):
     status, out, _ = run(capsys, "bench", "op", *SMALL, *QUICK, "--out", str(tmp_path))
     assert status == 0
@@ -142,6 +143,7 @@ def test_bench_block_measures_memory(capsys, tmp_path):
     assert not (tmp_path / "block.png").exists()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_bench_model_on_photographs(capsys):
     command = ["bench", "model", "--variant", "test_mambaout", "--batch", "2", "--dtype", "fp32", "--threads", "1"]
     status, out, _ = run(capsys, *command, *QUICK, "--no-compile", "--no-peers", "--no-memory")
@@ -149,6 +151,7 @@ def test_bench_model_on_photographs(capsys):
     assert "images per second" in out
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_bench_overhead(capsys):
     if backends.status()["cpu"] is not None:
         pytest.skip("the compiled module is not there")

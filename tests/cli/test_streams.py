@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 import mambaout_kernels
 from mambaout_kernels import backends, cli
@@ -281,7 +282,7 @@ def test_a_wrong_backend_in_the_environment(command, name, said):
     if name == "cuda" and torch.cuda.is_available():
         pytest.skip("CUDA can be used here")
     environment = {**os.environ, "MAMBAOUT_KERNELS_BACKEND": name}
-    argv = [sys.executable, *command, "check", "--dtype", "fp32"]
+    argv = [python(), *command, "check", "--dtype", "fp32"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True)
     if command[0] == "-c" and name == "foo":  # another program's: an exception, as anywhere in Python
         assert done.stderr.splitlines()[-1].startswith("ValueError: MAMBAOUT_KERNELS_BACKEND must be one of")

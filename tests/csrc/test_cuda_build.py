@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 from mambaout_kernels import backends
 from mambaout_kernels.audit import cuda as audit
@@ -269,7 +270,7 @@ except NotImplementedError as error:
 
 @needs_module
 def test_it_loads_without_a_gpu_and_refuses_cpu_tensors():
-    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([python(), "-c", LOADS], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "refused: Could not run 'mambaout_kernels::gated_dwconv_cuda'" in done.stdout
     assert "'CPU' backend" in done.stdout

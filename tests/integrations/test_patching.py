@@ -1,10 +1,10 @@
 import copy
 import io
 import subprocess
-import sys
 
 import pytest
 import torch
+from processes import python
 from torch import nn
 
 import mambaout_kernels as mk
@@ -208,7 +208,7 @@ import torch
 model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 print(type(model.stages[0].blocks[0]).__name__, model(torch.zeros(1, 3, 32, 32)).shape[1])
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([python(), "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.split() == ["FusedGatedConvBlock", "5"]
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from processes import python
 
 from mambaout_kernels import patch
 from mambaout_kernels.models import VARIANTS
@@ -191,7 +192,7 @@ def test_scriptable_models_are_timms():
 
 
 def run_script(*arguments, **options):
-    command = [sys.executable, "-m", "mambaout_kernels.integrations.timm", *map(str, arguments)]
+    command = [python(), "-m", "mambaout_kernels.integrations.timm", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_alike
+from processes import python
 from test_block import ACTS, NORMS, check_against_composition, composed, make_block, make_x, run
 from torch import nn
 
@@ -422,7 +422,7 @@ def test_distributed(tmp_path):
     script, out = Path(__file__).with_name("aligned_training.py"), tmp_path / "losses.json"
     tests = script.parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, str(script), str(out)], capture_output=True, text=True, env=environment, timeout=300
     )

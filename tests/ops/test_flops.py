@@ -1,10 +1,10 @@
 """FlopCounterMode counts our ops as PyTorch's modules in their place."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
+from processes import python
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import mambaout_kernels as mk
@@ -43,7 +43,7 @@ with FlopCounterMode(display=False) as counter:
     fast(torch.randn(1, 3, 64, 64))
 assert counter.get_total_flops() > 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([python(), "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["mambaout_femto", "test_mambaout", "mambaout_base_plus_rw"])

@@ -1,5 +1,7 @@
 """These tests run Triton's interpreter, which is chosen before triton is imported: TRITON_INTERPRET=1 pytest <this>."""
 
+import dataclasses
+import functools
 import os
 from importlib.util import find_spec
 
@@ -61,4 +63,17 @@ def _arithmetic_of_the_compiled_code():
         patch.setattr(InterpreterBuilder, "cast_impl", cast)
         patch.setattr(InterpreterBuilder, "create_fma", _fused)
         patch.setattr(InterpreterBuilder, "create_dot", _dot)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _less_work_for_the_interpreter():
+    """Its sums of int32 are made again in int64 to see overflow, which sizes of hundreds cannot have; and it looks up
+    a table that it makes anew for every value."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        patch.setattr(interpreter, "_get_np_dtype", functools.cache(interpreter._get_np_dtype))
         yield
