@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import os
 from importlib.util import find_spec
 
@@ -68,12 +69,29 @@ def _arithmetic_of_the_compiled_code():
 
 @pytest.fixture(autouse=True, scope="session")
 def _less_work_for_the_interpreter():
-    """Its sums of int32 are made again in int64 to see overflow, which sizes of hundreds cannot have; and it looks up
-    a table that it makes anew for every value."""
+    """Its sums of int32 are made again in int64 to see overflow, which sizes of hundreds cannot have; a table is made
+    anew for every value, and the names of the language are looked for at every call of a function."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
+    builder, of_scalars = interpreter.interpreter_builder, functools.cache(interpreter._get_np_dtype)
+
+    def dtype_of(kind):
+        kind = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        return np.dtype(np.uint64) if isinstance(kind, tl.pointer_type) else of_scalars(kind)
+
+    @functools.cache
+    def builtins_of(package):
+        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch_builtins(package, builder, scope):
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # not yet
+                interpreter._patch_attr(package, name, member, builder, scope)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
-        patch.setattr(interpreter, "_get_np_dtype", functools.cache(interpreter._get_np_dtype))
+        patch.setattr(interpreter, "_get_np_dtype", dtype_of)
+        patch.setattr(interpreter, "_patch_builtin", patch_builtins)
         yield

@@ -49,8 +49,9 @@ def test_key_maps_are_inverse_and_give_timms_names(name):
         ours, theirs = create_model(name).state_dict(), timm.create_model(name).state_dict()
     translated = to_timm(ours)
     assert {key: value.shape for key, value in translated.items()} == {k: v.shape for k, v in theirs.items()}
-    assert list(to_authors(translated)) == list(ours)
-    assert all(to_authors(translated)[key] is ours[key] for key in ours)
+    again = to_authors(translated)
+    assert list(again) == list(ours)
+    assert all(again[key] is ours[key] for key in ours)
     assert list(to_timm(to_authors(theirs))) == list(theirs)
 
 
