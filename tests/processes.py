@@ -146,7 +146,7 @@ def run(arguments: list[str]) -> None:
     if kind == "-c":
         exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     else:
-        main.__file__ = kind
+        main.__file__ = os.path.abspath(kind)
         with open(kind, "rb") as file:
             exec(compile(file.read(), kind, "exec"), main.__dict__)
 

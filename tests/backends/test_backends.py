@@ -283,6 +283,7 @@ def test_every_preference_follows_from_its_figures():
     cuda.module_path() is None or cuda.disassembler() is None or os.environ.get("TRITON_INTERPRET") == "1",
     reason="needs the compiled CUDA module and Triton's compiler",
 )
+@pytest.mark.nightly
 def test_the_table_is_what_the_machine_code_predicts():
     """Within 15 %, for compilers differ."""
     from mambaout_kernels.audit.preferences import rows_of

@@ -243,7 +243,7 @@ def test_products(kind, isa, shape):
             assert_accurate(of_rows, eager[0], truth[0], bounds[0])
 
 
-CASES = {"plain": 40, "memory": 12, "races": 12, "amx-memory": 12, "amx-races": 12}
+CASES = {"plain": 40, "memory": 12, "races": 12, "amx-memory": 12, "amx-undefined": 12, "amx-races": 12}
 
 
 @pytest.mark.generated

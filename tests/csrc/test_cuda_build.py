@@ -189,6 +189,7 @@ def compile_kernels(folder, right="", wrong=""):
 
 @needs_nvcc
 @needs_cuobjdump
+@pytest.mark.nightly
 def test_the_gates_see_spills(tmp_path):
     kernel = compile_kernels(tmp_path, "kLanes == 1 ? 3 : 4", "kLanes == 1 ? 5 : 4")["forward K=7 bfloat16 aligned"]
     assert kernel.spills > 0

@@ -138,6 +138,7 @@ def test_the_kernel_is_in_the_audits_table(capsys):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @needs_cuobjdump
+@pytest.mark.nightly
 def test_the_gates_see_spills(tmp_path):
     """Five blocks would have 96 registers to a thread."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -210,12 +210,15 @@ CHECKED = {name: SHAPES[name] for name in SHAPES if name not in ("two columns of
 CHECKED["many images"] = MANY_IMAGES
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", CHECKED.values(), ids=CHECKED)
-@pytest.mark.parametrize("kind", ["memory", "races"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("memory", torch.float32), ("memory", torch.bfloat16), ("races", torch.bfloat16),
+     pytest.param("races", torch.float32, marks=pytest.mark.nightly)], ids=str,
+)  # fmt: skip
 def test_memory_and_races(kind, shape, dtype):
     """AddressSanitizer over global and shared memory; and no two threads at one byte without a barrier between."""
-    program = host.build(kind, (torch.float32, torch.bfloat16))
+    program = host.build(kind, (torch.float32, torch.bfloat16) if kind == "memory" else (dtype,))
     schedule = Schedule(order=2, late_copies=kind == "memory")
     check(program, shape, dtype, schedule=schedule, device=FEW)
     if shape[-1] in (3, 5, 7):  # no other filter's kernels depend on the device
@@ -271,12 +274,14 @@ def test_a_missing_barrier_is_caught(tmp_path):
     assert "no barrier between" in str(found.value)
 
 
+@pytest.mark.nightly
 def test_a_missing_wait_is_caught(tmp_path):
     """By the NaN with which shared memory starts, or by what the slot held before."""
     kernels = planted(tmp_path, "forward.cuh", "wait_copies<kStages - 2>()", "wait_copies<kStages - 1>()")
     fault_of("plain", kernels, "forward.cu", SHAPES["several images, odd sizes"], Schedule(late_copies=True))
 
 
+@pytest.mark.nightly
 def test_a_swapped_index_is_caught(tmp_path):
     kernels = planted(tmp_path, "conv_rows.cuh", "tap = (K - 1 - k) * K + kw", "tap = kw * K + (K - 1 - k)")
     found = fault_of("plain", kernels, "forward.cu", SHAPES["several images, odd sizes"])

@@ -127,6 +127,8 @@ def test_the_largest_error_of_the_approximate_instructions(dtype, error):
         check(SHAPES["odd sizes"], dtype, act, schedule=Schedule(error=error))
 
 
+# Of which test_cuda_host.py has the programs.
+CHECKED_DTYPES = {"memory": (torch.float32, torch.bfloat16), "races": (torch.bfloat16,)}
 CHECKED = {name: SHAPES[name] for name in SHAPES if name not in LONG}
 
 
@@ -135,7 +137,7 @@ CHECKED = {name: SHAPES[name] for name in SHAPES if name not in LONG}
 @pytest.mark.parametrize("kind", ["memory", "races"])
 def test_memory_and_races(kind, shape, dtype):
     """As in test_cuda_host.py."""
-    how = {"kind": kind, "dtypes": (torch.float32, torch.bfloat16), "schedule": Schedule(2, kind == "memory")}
+    how = {"kind": kind, "dtypes": CHECKED_DTYPES[kind], "schedule": Schedule(2, kind == "memory")}
     for device in (FEW, TWO_CHANNELS):
         check(shape, dtype, device=device, **how)
     check(shape, dtype, spare=(16, 8), weight_offset=1, **how)
@@ -144,7 +146,7 @@ def test_memory_and_races(kind, shape, dtype):
 @pytest.mark.parametrize("kind", ["memory", "races"])
 def test_memory_and_races_of_several_images(kind):
     """Of a slice, once: it takes as long as all the others."""
-    how = {"kind": kind, "dtypes": (torch.float32, torch.bfloat16), "schedule": Schedule(2, kind == "memory")}
+    how = {"kind": kind, "dtypes": CHECKED_DTYPES[kind], "schedule": Schedule(2, kind == "memory")}
     check((530, 1, 1, 8, 8), torch.bfloat16, spare=(16, 8), weight_offset=1, device=FEW, **how)
 
 
