@@ -28,14 +28,14 @@ SLOW = (
     "test_cuda_binding", "test_cuda_build", "test_cuda_depthwise", "test_cuda_depthwise_binding",
     "test_cuda_depthwise_build", "test_cuda_host", "test_distributed", "test_docs", "test_examples",
     "test_fallback_install", "test_fuzz", "test_generated", "test_gpu_acceptance", "test_latency", "test_namespace",
-    "test_peers", "test_adapters", "test_scan_launch", "test_scan_report",
+    "test_peers", "test_adapters", "test_processes", "test_scan_launch", "test_scan_report",
     "test_timm", "test_soak", "test_triton_variants", "test_wheel",
     "test_a_run_of_models_against_each_other",
     "test_aotinductor", "test_bench_block_measures_memory", "test_bench_model_on_photographs",
     "test_bench_writes_what_it_measured", "test_environment_variable", "test_a_process_and_its_pipe",
     "test_interrupt_of_a_process", "test_interrupt_while_torch_is_imported", "test_kernelized_block_compiles",
     "test_another_process_that_imports_the_package_handles_interrupts_itself", "test_memory_of_an_inference",
-    "test_the_table_is_what_the_machine_code_predicts", "test_unpickles_in_another_process",
+    "test_unpickles_in_another_process",
 )  # fmt: skip
 
 
