@@ -36,8 +36,8 @@ def python() -> str:
     listener.bind(str(folder / "socket"))
     listener.listen()
     file = str(listener.fileno())
-    # It ends when this process does, and with it the pipe.
     program = folder / "python"
+    # It ends when this process does, and with it the pipe.
     words = [sys.executable, __file__, "serve", file, str(program)]
     subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[int(file)])
     words = [sys.executable, "-IS", __file__, "call", str(folder / "socket")]
@@ -109,8 +109,8 @@ def supervised(connection: socket.socket) -> list[str]:
     for file in (0, 1, 2, *files):
         os.close(file)
     ended = os.pidfd_open(child)
-    while not (ready := select([ended, connection], [], [])[0]).count(ended):
-        numbers = connection.recv(16) if ready else b""
+    while ended not in select([ended, connection], [], [])[0]:
+        numbers = connection.recv(16)
         for number in numbers or [signal.SIGKILL]:
             os.kill(child, number)
         if not numbers:

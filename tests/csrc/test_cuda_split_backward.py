@@ -127,8 +127,6 @@ def test_the_largest_error_of_the_approximate_instructions(dtype, error):
         check(SHAPES["odd sizes"], dtype, act, schedule=Schedule(error=error))
 
 
-# Of which test_cuda_host.py has the programs.
-CHECKED_DTYPES = {"memory": (torch.float32, torch.bfloat16), "races": (torch.bfloat16,)}
 CHECKED = {name: SHAPES[name] for name in SHAPES if name not in LONG}
 
 
@@ -137,17 +135,18 @@ CHECKED = {name: SHAPES[name] for name in SHAPES if name not in LONG}
 @pytest.mark.parametrize("kind", ["memory", "races"])
 def test_memory_and_races(kind, shape, dtype):
     """As in test_cuda_host.py."""
-    how = {"kind": kind, "dtypes": CHECKED_DTYPES[kind], "schedule": Schedule(2, kind == "memory")}
+    how = {"kind": kind, "dtypes": (dtype,), "schedule": Schedule(2, kind == "memory")}
     for device in (FEW, TWO_CHANNELS):
         check(shape, dtype, device=device, **how)
     check(shape, dtype, spare=(16, 8), weight_offset=1, **how)
 
 
+@pytest.mark.parametrize("device", [FEW, pytest.param(TWO_CHANNELS, marks=pytest.mark.nightly)], ids=str)
 @pytest.mark.parametrize("kind", ["memory", "races"])
-def test_memory_and_races_of_several_images(kind):
-    """Of a slice, once: it takes as long as all the others."""
-    how = {"kind": kind, "dtypes": CHECKED_DTYPES[kind], "schedule": Schedule(2, kind == "memory")}
-    check((530, 1, 1, 8, 8), torch.bfloat16, spare=(16, 8), weight_offset=1, device=FEW, **how)
+def test_memory_and_races_of_several_images(kind, device):
+    """Of a slice: it takes as long as all the others."""
+    how = {"kind": kind, "dtypes": (torch.bfloat16,), "schedule": Schedule(2, kind == "memory")}
+    check((530, 1, 1, 8, 8), torch.bfloat16, spare=(16, 8), weight_offset=1, device=device, **how)
 
 
 def test_beyond_2_to_the_31_elements():
@@ -176,11 +175,9 @@ def test_beyond_2_to_the_31_elements_of_e():
 MOST, LESS = (32, 16, 16, 64, 64), (32, 16, 16, 64, 56)
 
 
-def path_taken(inputs, act="gelu", **how):
+def path_taken(inputs):
     """The one with the bits of the call's own choice, in the last blocks; what the others would write is NaN."""
-    chosen, fused, split = (
-        gradients(inputs, act, path=path, last_blocks=2, **how)[0].nan_to_num() for path in (0, FUSED, SPLIT)
-    )
+    chosen, fused, split = (gradients(inputs, path=path, last_blocks=2)[0].nan_to_num() for path in (0, FUSED, SPLIT))
     assert not torch.equal(fused, split)
     assert torch.equal(chosen, fused) or torch.equal(chosen, split)
     return FUSED if torch.equal(chosen, fused) else SPLIT
