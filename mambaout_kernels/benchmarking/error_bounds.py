@@ -12,7 +12,8 @@ between them. Parameters are exact in the dtype that they are given in, but of b
 autocast, in `low`, the factors of products are rounded to it.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,15 +197,25 @@ def of_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return Bounded.exactly(a).sums(a.shape[1], torch.matmul, Bounded.exactly(b), _bias(bias, None)).stored().error
 
 
-def _dwconv(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, H, W, C), weight (C, 1, K, K)."""
-    if x.numel() == 0:
-        return x * weight[:, 0, 0, 0]
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=weight.shape[-1] // 2, groups=x.shape[3]).permute(0, 2, 3, 1)
+def _taps(x: Tensor, kernel_size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """For each tap (kh, kw) of a depthwise filter what it is multiplied with: x (N, H, W, C) moved, zeros around it."""
+    radius, (_, height, width, _) = kernel_size // 2, x.shape
+    padded = F.pad(x, (0, 0, radius, radius, radius, radius))
+    for kh, kw in itertools.product(range(kernel_size), repeat=2):
+        if abs(kh - radius) < height and abs(kw - radius) < width:
+            yield kh, kw, padded[:, kh : kh + height, kw : kw + width]
+
+
+def dwconv(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, H, W, C), weight (C, 1, K, K); without the bias. In float64 PyTorch's own goes channel by channel."""
+    y = torch.zeros_like(x)
+    for kh, kw, moved in _taps(x, weight.shape[-1]):
+        y.addcmul_(moved, weight[:, 0, kh, kw])
+    return y
 
 
 def _convolved(c: Bounded, weight: Bounded, bias: Bounded | None) -> Bounded:
-    return c.sums(weight.value[0:1].numel(), _dwconv, weight, bias)
+    return c.sums(weight.value[0:1].numel(), dwconv, weight, bias)
 
 
 def _joined(*parts: Bounded) -> Bounded:
@@ -253,9 +264,10 @@ class _Op:
         pixels, shape = dy.value.shape[:3].numel(), self.weight.value.shape
 
         def over_pixels(x: Tensor, c: Tensor) -> Tensor:
-            taps = x.new_zeros(shape).requires_grad_()
-            with torch.enable_grad():
-                return x.new_zeros(shape) if x.numel() == 0 else torch.autograd.grad(_dwconv(c, taps), taps, x)[0]
+            found = x.new_zeros(shape)
+            for kh, kw, moved in _taps(c, shape[-1]):
+                found[:, 0, kh, kw] = (x * moved).sum(dim=(0, 1, 2))
+            return found
 
         dweight, dbias = e.sums(pixels, over_pixels, self._between(self.c)), e.over_pixels()
         results = zip((dweight, dbias), self.parameters, strict=True)

@@ -5,9 +5,11 @@ import functools
 import pytest
 import torch
 from cuda_host import depthwise, host
-from cuda_host.depthwise import convolved, expected_of, make_inputs
+from cuda_host.depthwise import expected_of, make_inputs
 from cuda_host.host import Device, Fault, Schedule
 from numerics import assert_accurate
+
+from mambaout_kernels.benchmarking.error_bounds import dwconv
 
 if host.missing():
     pytest.skip(str(host.missing()), allow_module_level=True)
@@ -103,7 +105,7 @@ def test_the_bias_is_added_last():
     """To a sum of small terms, which a large bias would have swallowed one by one."""
     x, weight, bias = torch.full((1, 7, 7, 8), 2.0**-13), torch.ones(8, 1, 7, 7), torch.full((8,), 2.0**12)
     s = run(x, weight, bias)
-    assert torch.equal(s, convolved(x, weight) + bias)
+    assert torch.equal(s, dwconv(x, weight) + bias)
     assert s[0, 3, 3, 0] > 2.0**12
 
 
@@ -130,11 +132,10 @@ CHECKED = {name: SHAPES[name] for name in SHAPES if name != "segments of an imag
 
 
 @pytest.mark.parametrize("shape", CHECKED.values(), ids=CHECKED)
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("memory", torch.bfloat16), ("races", torch.float32)], ids=["memory", "races"]
-)
-def test_memory_and_races(kind, dtype, shape):
-    """AddressSanitizer over global and shared memory; and no two threads at one byte without a barrier between."""
+@pytest.mark.parametrize("kind", host.SANITIZERS)
+def test_memory_and_races(kind, shape):
+    """As in test_cuda_host.py."""
+    dtype = torch.bfloat16
     schedule = Schedule(order=2, late_copies=kind == "memory")
     for device in (FEW, TWO_CHANNELS):
         check(shape, dtype, kind=kind, schedule=schedule, device=device)

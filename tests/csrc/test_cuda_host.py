@@ -125,7 +125,7 @@ def test_zero_sizes_touch_nothing(shape):
 def check_the_last_images(check_name, shape, images_before, last_blocks, dtype, backward):
     """Of a tensor so large that its other images, zeros, exist as addresses only; overflow traps in "memory"."""
     inputs, *beside = case(shape, dtype, "gelu")
-    program = host.build(check_name, (torch.float32, torch.bfloat16))
+    program = host.build(check_name, tuple(host.DTYPES) if check_name == "plain" else (dtype,))
     how = {"images_before": images_before, "last_blocks": last_blocks, "backward": backward}
     results = host.run(program, inputs, "gelu", **how)
     for index in range(2 if backward else 1):
@@ -134,8 +134,8 @@ def check_the_last_images(check_name, shape, images_before, last_blocks, dtype, 
 
 @pytest.mark.parametrize(
     ("K", "dtype"),
-    [(7, torch.bfloat16), (9, torch.bfloat16), (9, torch.float32),
-     pytest.param(7, torch.float32, marks=pytest.mark.nightly)],  # minutes
+    [(7, torch.bfloat16), (9, torch.bfloat16), *(pytest.param(K, torch.float32, marks=pytest.mark.nightly)
+                                                 for K in (7, 9))],
 )  # fmt: skip
 def test_beyond_2_to_the_31_elements(K, dtype):
     H, W, D = 3, 5, 16384
@@ -211,11 +211,8 @@ CHECKED["many images"] = MANY_IMAGES
 
 
 @pytest.mark.parametrize("shape", CHECKED.values(), ids=CHECKED)
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [("memory", torch.float32), ("memory", torch.bfloat16), ("races", torch.bfloat16),
-     pytest.param("races", torch.float32, marks=pytest.mark.nightly)], ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.nightly)], ids=str)
+@pytest.mark.parametrize("kind", host.SANITIZERS)
 def test_memory_and_races(kind, shape, dtype):
     """AddressSanitizer over global and shared memory; and no two threads at one byte without a barrier between."""
     program = host.build(kind, (dtype,))

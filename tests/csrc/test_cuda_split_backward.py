@@ -132,7 +132,7 @@ CHECKED = {name: SHAPES[name] for name in SHAPES if name not in LONG}
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", CHECKED.values(), ids=CHECKED)
-@pytest.mark.parametrize("kind", ["memory", "races"])
+@pytest.mark.parametrize("kind", host.SANITIZERS)
 def test_memory_and_races(kind, shape, dtype):
     """As in test_cuda_host.py."""
     how = {"kind": kind, "dtypes": (dtype,), "schedule": Schedule(2, kind == "memory")}
@@ -142,7 +142,7 @@ def test_memory_and_races(kind, shape, dtype):
 
 
 @pytest.mark.parametrize("device", [FEW, pytest.param(TWO_CHANNELS, marks=pytest.mark.nightly)], ids=str)
-@pytest.mark.parametrize("kind", ["memory", "races"])
+@pytest.mark.parametrize("kind", host.SANITIZERS)
 def test_memory_and_races_of_several_images(kind, device):
     """Of a slice: it takes as long as all the others."""
     how = {"kind": kind, "dtypes": (torch.bfloat16,), "schedule": Schedule(2, kind == "memory")}

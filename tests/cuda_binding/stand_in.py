@@ -50,7 +50,7 @@ def _build() -> Path:
     sources = (host.KERNELS / "torch" / "gated_dwconv_cuda.cpp", HERE / "stand_in.cpp")
     headers = (host.KERNELS / "cuda", host.KERNELS / "cpu")
     with ThreadPoolExecutor(max_workers=len(sources)) as pool:
-        own = list(pool.map(lambda source: str(host.compiled(source, flags, *headers)), sources))
+        own = list(pool.map(lambda source: str(host.compiled((source,), flags, *headers)), sources))
     replaced = sorted(set(re.findall(r"__wrap_(\w+)", sources[1].read_text())))
     wraps = [f"-Wl,--wrap={name}" for name in replaced]
     command = ["g++", "-shared", *own, *host.objects(), *wraps, TORCH / "lib" / "libtorch_cpu.so"]

@@ -1,4 +1,5 @@
 // The scheduler of shim.h: every CUDA thread of a block is a fibre that runs until it ends or waits at a barrier.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <memory>
@@ -25,8 +26,16 @@ struct Copy {
   std::size_t bytes, total;
 };
 
-struct Fibre {
+// Where a fibre or the scheduler goes on. ucontext begins one; then it is jumped to, where that can be done: swapcontext
+// asks the kernel for the signal mask each time, and AddressSanitizer knows of no jump to another stack.
+struct Place {
   ucontext_t context;
+  jmp_buf jump;
+  bool begun = false;
+};
+
+struct Fibre {
+  Place place;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* sanitizer_stack = nullptr;
   uint3 index;
@@ -45,7 +54,7 @@ struct Block {
   dim3 size;
   unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
-  ucontext_t scheduler;
+  Place scheduler;
   void* scheduler_stack = nullptr;
   const void* scheduler_bottom = nullptr;
   std::size_t scheduler_size = 0;
@@ -58,6 +67,17 @@ void land(const Copy& copy) {
   std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.total - copy.bytes);
 }
 
+void go(Place& from, Place& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.context, &to.context);
+#else
+  from.begun = true;
+  if (_setjmp(from.jump) != 0) return;
+  if (to.begun) _longjmp(to.jump, 1);
+  setcontext(&to.context);
+#endif
+}
+
 void leave_fibre(bool for_ever) {
   Fibre& fibre = *block.current;
 #if defined(__SANITIZE_ADDRESS__)
@@ -65,7 +85,7 @@ void leave_fibre(bool for_ever) {
                                  block.scheduler_size);
 #endif
   (void)for_ever;
-  swapcontext(&fibre.context, &block.scheduler);
+  go(fibre.place, block.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fibre.sanitizer_stack, &block.scheduler_bottom, &block.scheduler_size);
 #endif
@@ -76,7 +96,7 @@ void enter_fibre(Fibre& fibre) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&block.scheduler_stack, fibre.stack.get(), kStackBytes);
 #endif
-  swapcontext(&block.scheduler, &fibre.context);
+  go(block.scheduler, fibre.place);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(block.scheduler_stack, nullptr, nullptr);
 #endif
@@ -98,11 +118,13 @@ void start_fibre(unsigned linear) {
   fibre.index = {linear, 0, 0};
   fibre.done = fibre.at_block_barrier = fibre.at_warp_barrier = false;
   fibre.groups.assign(1, {});
-  getcontext(&fibre.context);
-  fibre.context.uc_stack.ss_sp = fibre.stack.get();
-  fibre.context.uc_stack.ss_size = kStackBytes;
-  fibre.context.uc_link = nullptr;
-  makecontext(&fibre.context, run_fibre, 0);
+  ucontext_t& context = fibre.place.context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fibre.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fibre, 0);
+  fibre.place.begun = false;
 }
 
 // Threads that have ended count as having arrived, as on a device.

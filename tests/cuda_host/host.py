@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from numerics import Inputs
 from torch import Tensor
@@ -27,17 +28,20 @@ FUSED, SPLIT = 1, 2  # ways through backward (cuda::BackwardPath)
 TYPED_UNITS = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16", torch.float16: "kFloat16"}
 
 # What each way of building tells the compiler of csrc/cuda and of the shim. "races": the compiler calls watch.cpp at
-# every access, and ThreadSanitizer's own library is not linked. "memory" compiles fast: checks by calls, not inline; a
-# null pointer is AddressSanitizer's as well.
+# every access, and ThreadSanitizer's own library is not linked. "memory" compiles fast: checks by calls, not inline;
+# what else C++ leaves undefined, and takes longer to compile, is in "undefined", which is nightly.
 _MEMORY = (
-    "-O0", "-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all",
-    "--param=asan-instrumentation-with-call-threshold=0",
+    "-Og", "-fsanitize=address,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow",
+    "-fno-sanitize-recover=all", "--param=asan-instrumentation-with-call-threshold=0",
 )  # fmt: skip
+_UNDEFINED = ("-Og", "-fsanitize=undefined", "-fno-sanitize-recover=all")
 CHECKS = {
-    "plain": (("-O1", "-fPIC"),) * 2,  # tests/cuda_binding links these objects into a library
+    "plain": (("-Og", "-fPIC"),) * 2,  # tests/cuda_binding links these objects into a library
     "memory": (_MEMORY,) * 2,
-    "races": (("-O1", "-fsanitize=thread"), ("-O2",)),
+    "undefined": (_UNDEFINED,) * 2,
+    "races": (("-Og", "-fsanitize=thread"), ("-O2",)),
 }
+SANITIZERS = ["memory", "races", pytest.param("undefined", marks=pytest.mark.nightly)]
 
 CALLS: Counter[str] = Counter()  # of the kernels so far, by check; conftest.py reports them
 _checks: dict[Path, str] = {}  # of programs
@@ -88,20 +92,25 @@ def built() -> Path:
     return folder
 
 
-def compiled(source: Path, flags: tuple[str, ...], *headers_in: Path) -> Path:
-    """The object file of a source, kept under the hash of all it is made of. headers_in: folders beside its own."""
+def compiled(sources: tuple[Path, ...], flags: tuple[str, ...], *headers_in: Path) -> Path:
+    """The object file of sources of one folder, kept under the hash of all it is made of. headers_in: folders beside it.
+
+    The sources are one translation unit: most of what the compiler reads is the same for all of them.
+    """
+    *before, last = map(str, sources)
     command = ["g++", "-x", "c++", "-c", "-std=c++20", "-g1", "-fno-omit-frame-pointer", "-ffp-contract=off", *flags]
-    folders = (source.parent, HERE, *headers_in)
+    command += [word for source in before for word in ("-include", source)] + [last]
+    folders = (sources[0].parent, HERE, KERNELS, *headers_in)
     headers = sorted(file for folder in folders for file in (*folder.glob("*.h"), *folder.glob("*.cuh")))
     digest = hashlib.sha256(" ".join(map(str, command)).encode())
-    for file in (source, *headers, *KERNELS.glob("*.h")):
+    for file in (*sources, *headers):
         digest.update(file.read_bytes())
-    target = built() / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    target = built() / f"{sources[0].stem}-{digest.hexdigest()[:24]}.o"
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two files of tests want the same objects at the same time
         if not target.exists():
             unfinished = target.with_suffix(f".{os.getpid()}")
-            done = subprocess.run([*command, str(source), "-o", str(unfinished)], capture_output=True, text=True)
+            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             unfinished.replace(target)
     return target
@@ -118,11 +127,10 @@ def objects(
     headers = cuda_headers()
     includes = (f"-isystem{headers}", f"-isystem{headers}/cccl", f"-I{HERE}", f"-I{KERNELS / 'cuda'}")
     for_kernels, for_shim = ((*flags, "-DMAMBAOUT_HOST_SHIM", *includes) for flags in CHECKS[check])
-    jobs = [(HERE / f"{name}.cpp", for_shim) for name in ("fibres", "watch", *callers)]
-    jobs += [(kernels / "dispatch.cpp", for_kernels)]
-    for dtype in dtypes:
-        for unit in units:
-            jobs.append((kernels / unit, (*for_kernels, f"-DMAMBAOUT_DTYPE={TYPED_UNITS[dtype]}")))
+    jobs = [((HERE / f"{name}.cpp",), for_shim) for name in ("fibres", "watch", *callers)]
+    jobs += [((kernels / "dispatch.cpp",), for_kernels)]
+    sources = tuple(kernels / unit for unit in units)
+    jobs += [(sources, (*for_kernels, f"-DMAMBAOUT_DTYPE={TYPED_UNITS[dtype]}")) for dtype in dtypes]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return list(pool.map(lambda job: str(compiled(*job)), jobs))
 
@@ -139,7 +147,7 @@ def build(
     linked = objects(check, dtypes, units, kernels, callers=(caller,))
     program = built() / f"program-{hashlib.sha256(' '.join(linked).encode()).hexdigest()[:24]}"
     if not program.exists():
-        sanitizers = CHECKS["memory"][0] if check == "memory" else ()
+        sanitizers = CHECKS[check][0] if check in ("memory", "undefined") else ()
         unfinished = program.with_suffix(f".{os.getpid()}")
         # dispatch.cpp names the units of every dtype and direction; those that are left out are never called.
         link = ["g++", "-no-pie", *sanitizers, *linked, "-Wl,--unresolved-symbols=ignore-all", "-o", str(unfinished)]

@@ -1,8 +1,9 @@
-// The tensors of a test's program: exactly the memory that they need, for AddressSanitizer, between standard input and
-// output.
+// The tensors of a test's program, between standard input and output. Under AddressSanitizer they have exactly the memory
+// that they need; otherwise pages that cannot be touched are around them, and what is between must stay as it was.
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -24,16 +25,34 @@ class Memory {
  public:
   Memory(std::int64_t bytes, std::int64_t offset, std::int64_t bytes_before = 0)
       : bytes_(bytes), offset_(offset), bytes_before_(bytes_before) {
+    const std::int64_t size = bytes + offset;
     if (bytes_before > 0) {
-      data_ = mmap(nullptr, bytes + offset, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      data_ = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (data_ == MAP_FAILED) fail("out of addresses");
       return;
     }
-    if (posix_memalign(&data_, 16, std::max<std::int64_t>(bytes + offset, 1)) != 0) fail("out of memory");
-    std::memset(data_, 0xff, bytes + offset);  // NaN, where nothing is written
+#if defined(__SANITIZE_ADDRESS__)
+    if (posix_memalign(&data_, 16, std::max<std::int64_t>(size, 1)) != 0) fail("out of memory");
+    pages_ = {static_cast<char*>(data_), size};
+#else
+    const std::int64_t page = sysconf(_SC_PAGESIZE), inner = (size + page - 1) / page * page;
+    void* base = mmap(nullptr, inner + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) fail("out of memory");
+    pages_ = {static_cast<char*>(base) + page, inner};
+    if (inner > 0 && mprotect(pages_.begin, inner, PROT_READ | PROT_WRITE) != 0) fail("mprotect");
+    data_ = pages_.begin + inner - (size + 15) / 16 * 16;
+#endif
+    std::memset(pages_.begin, 0xff, pages_.bytes);  // NaN, where nothing is written
   }
   ~Memory() {
+#if defined(__SANITIZE_ADDRESS__)
     if (bytes_before_ == 0) std::free(data_);
+#else
+    for (const char* at = pages_.begin; at < pages_.begin + pages_.bytes; ++at) {
+      const bool beside = at < data() || at >= data() + bytes_;
+      if (beside && *at != '\xff') fail("written beside a tensor");
+    }
+#endif
   }
   Memory(const Memory&) = delete;
 
@@ -49,6 +68,10 @@ class Memory {
  private:
   std::int64_t bytes_, offset_, bytes_before_;
   void* data_ = nullptr;
+  struct {
+    char* begin;
+    std::int64_t bytes;
+  } pages_{};  // that can be touched
 };
 
 }  // namespace cuda_host
