@@ -26,8 +26,8 @@ struct Copy {
   std::size_t bytes, total;
 };
 
-// Where a fibre or the scheduler goes on. ucontext begins one; then it is jumped to, where that can be done: swapcontext
-// asks the kernel for the signal mask each time, and AddressSanitizer knows of no jump to another stack.
+// Where a fibre or the scheduler goes on. ucontext begins one; then it is jumped to, where that can be done:
+// swapcontext asks the kernel for the signal mask each time, and AddressSanitizer knows of no jump to another stack.
 struct Place {
   ucontext_t context;
   jmp_buf jump;

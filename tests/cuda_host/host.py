@@ -93,7 +93,7 @@ def built() -> Path:
 
 
 def compiled(sources: tuple[Path, ...], flags: tuple[str, ...], *headers_in: Path) -> Path:
-    """The object file of sources of one folder, kept under the hash of all it is made of. headers_in: folders beside it.
+    """The object file of sources of one folder, kept under the hash of all it is made of. headers_in: other folders.
 
     The sources are one translation unit: most of what the compiler reads is the same for all of them.
     """

@@ -1,5 +1,6 @@
-// The tensors of a test's program, between standard input and output. Under AddressSanitizer they have exactly the memory
-// that they need; otherwise pages that cannot be touched are around them, and what is between must stay as it was.
+// The tensors of a test's program, between standard input and output. Under AddressSanitizer they have exactly the
+// memory that they need; otherwise pages that cannot be touched are around them, and what is between must stay as it
+// was.
 #pragma once
 
 #include <sys/mman.h>
