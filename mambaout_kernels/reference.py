@@ -118,10 +118,10 @@ def gated_dwconv_backward(
         return torch.cat((dg, di, e), dim=-1), torch.zeros_like(weight), torch.zeros_like(bias)
     dc = dwconv(e, weight.flip((2, 3)), torch.zeros_like(bias))
     du = torch.cat((dg, di, dc), dim=-1)
-    return du, _weight_gradient(e, c, weight).to(weight.dtype), e.sum(dim=(0, 1, 2)).to(bias.dtype)
+    return du, weight_gradient(e, c, weight).to(weight.dtype), e.sum(dim=(0, 1, 2)).to(bias.dtype)
 
 
-def _weight_gradient(e: Tensor, c: Tensor, weight: Tensor) -> Tensor:
+def weight_gradient(e: Tensor, c: Tensor, weight: Tensor) -> Tensor:
     """(C, 1, K, K) from e and c (N, H, W, C), tap by tap: PyTorch's own has no double backward for symbolic shapes."""
     height, width, size = c.shape[1], c.shape[2], weight.shape[-1]
     padded = F.pad(c, (0, 0, *[size // 2] * 4))

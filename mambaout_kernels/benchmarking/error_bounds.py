@@ -13,7 +13,7 @@ autocast, in `low`, the factors of products are rounded to it.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,20 +197,12 @@ def of_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return Bounded.exactly(a).sums(a.shape[1], torch.matmul, Bounded.exactly(b), _bias(bias, None)).stored().error
 
 
-def _taps(x: Tensor, kernel_size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """For each tap (kh, kw) of a depthwise filter what it is multiplied with: x (N, H, W, C) moved, zeros around it."""
-    radius, (_, height, width, _) = kernel_size // 2, x.shape
-    padded = F.pad(x, (0, 0, radius, radius, radius, radius))
-    for kh, kw in itertools.product(range(kernel_size), repeat=2):
-        if abs(kh - radius) < height and abs(kw - radius) < width:
-            yield kh, kw, padded[:, kh : kh + height, kw : kw + width]
-
-
 def dwconv(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, H, W, C), weight (C, 1, K, K); without the bias. In float64 PyTorch's own goes channel by channel."""
-    y = torch.zeros_like(x)
-    for kh, kw, moved in _taps(x, weight.shape[-1]):
-        y.addcmul_(moved, weight[:, 0, kh, kw])
+    (_, height, width, _), size = x.shape, weight.shape[-1]
+    padded, y = F.pad(x, (0, 0, *[size // 2] * 4)), torch.zeros_like(x)
+    for kh, kw in itertools.product(range(size), repeat=2):
+        y.addcmul_(padded[:, kh : kh + height, kw : kw + width], weight[:, 0, kh, kw])
     return y
 
 
@@ -261,13 +253,10 @@ class _Op:
         di, e = _parts(dy.times(self._between(self.gate)).stored(), (self.identity, self.C))
         turned = replace(self.weight, value=self.weight.value.flip((2, 3)), error=self.weight.error.flip((2, 3)))
         dc = _convolved(e, turned, None).stored()
-        pixels, shape = dy.value.shape[:3].numel(), self.weight.value.shape
+        pixels = dy.value.shape[:3].numel()
 
         def over_pixels(x: Tensor, c: Tensor) -> Tensor:
-            found = x.new_zeros(shape)
-            for kh, kw, moved in _taps(c, shape[-1]):
-                found[:, 0, kh, kw] = (x * moved).sum(dim=(0, 1, 2))
-            return found
+            return reference.weight_gradient(x, c, self.weight.value)
 
         dweight, dbias = e.sums(pixels, over_pixels, self._between(self.c)), e.over_pixels()
         results = zip((dweight, dbias), self.parameters, strict=True)

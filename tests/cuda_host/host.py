@@ -147,10 +147,17 @@ def build(
     linked = objects(check, dtypes, units, kernels, callers=(caller,))
     program = built() / f"program-{hashlib.sha256(' '.join(linked).encode()).hexdigest()[:24]}"
     if not program.exists():
-        sanitizers = CHECKS[check][0] if check in ("memory", "undefined") else ()
         unfinished = program.with_suffix(f".{os.getpid()}")
         # dispatch.cpp names the units of every dtype and direction; those that are left out are never called.
-        link = ["g++", "-no-pie", *sanitizers, *linked, "-Wl,--unresolved-symbols=ignore-all", "-o", str(unfinished)]
+        link = [
+            "g++",
+            "-no-pie",
+            *CHECKS[check][1],
+            *linked,
+            "-Wl,--unresolved-symbols=ignore-all",
+            "-o",
+            str(unfinished),
+        ]
         subprocess.run(link, check=True)
         unfinished.replace(program)
     _checks[program] = check

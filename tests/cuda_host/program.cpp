@@ -1,5 +1,5 @@
 // Runs one call of csrc/cuda's entry points on the CPU: the call, u, dy, weight and bias from standard input; y, du,
-// dweight and dbias to standard output. Every tensor has exactly the memory it needs, for AddressSanitizer. What is
+// dweight and dbias to standard output. What lies beside a tensor is guarded, as memory.h says. What is
 // found wrong goes to standard error, and the process fails: host.py makes it an error of the test.
 //
 // Images of zeros may go before those that are read and written: so many that only their first and last pages exist.
