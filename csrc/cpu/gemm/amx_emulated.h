@@ -8,6 +8,9 @@
 #include "split.h"
 
 namespace mambaout_kernels::cpu {
+
+void multiply_tiles(unsigned char* sums, const unsigned char* a, const unsigned char* b);  // amx_emulated.cpp
+
 namespace {
 
 class EmulatedTiles {
@@ -27,23 +30,7 @@ class EmulatedTiles {
     for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(to) + r * step, rows(tile)[r], 64);
   }
 
-  // TDPBF16PS: the even and the odd terms are added up in fp32, then both sums, then that to the tile. Subnormal
-  // numbers are zero, before and after each operation.
-  void multiply(int sums, int a, int b) {
-    for (int m = 0; m < 16; ++m) {
-      float out[16];
-      std::memcpy(out, rows(sums)[m], 64);
-      for (int n = 0; n < 16; ++n) {
-        float even = 0.0f, odd = 0.0f;
-        for (int k = 0; k < 16; ++k) {
-          even = flushed(__builtin_fmaf(element(a, m, 2 * k), element(b, k, 2 * n), even));
-          odd = flushed(__builtin_fmaf(element(a, m, 2 * k + 1), element(b, k, 2 * n + 1), odd));
-        }
-        out[n] = flushed(flushed(out[n]) + flushed(even + odd));
-      }
-      std::memcpy(rows(sums)[m], out, 64);
-    }
-  }
+  void multiply(int sums, int a, int b) { multiply_tiles(*rows(sums), *rows(a), *rows(b)); }
 
  private:
   static constexpr std::size_t kBytes = 1024;
@@ -53,12 +40,6 @@ class EmulatedTiles {
     if (!configured_) std::abort();
     return reinterpret_cast<Rows>(data_ + tile * kBytes);
   }
-  float element(int tile, int row, int column) {
-    BFloat16 x;
-    std::memcpy(&x, rows(tile)[row] + 2 * column, sizeof(x));
-    return flushed(float_of(x));
-  }
-  static float flushed(float x) { return __builtin_fabsf(x) < 1.17549435e-38f ? __builtin_copysignf(0.0f, x) : x; }
 
   bool configured_ = false;
   alignas(64) unsigned char data_[8 * kBytes];
