@@ -89,7 +89,9 @@ def test_inductor_in_training_one_graph_for_all_batches(counted):
     assert backend.frame_count == 1
 
 
-WHOLE = [("ours", False), ("ours", True), ("timm", False), ("timm", True), ("checkpointing", True), ("autocast", False)]
+# In evaluation they are compiled by inductor above, and exported below.
+WHOLE = [("ours", True), ("timm", True), ("checkpointing", True), ("autocast", False)]
+WHOLE += [pytest.param(kind, False, marks=pytest.mark.nightly) for kind in ("ours", "timm")]
 
 
 @pytest.mark.parametrize(("kind", "training"), WHOLE)
@@ -146,7 +148,7 @@ def test_export(kind):
             assert_close(program.module()(images(*size)), model(images(*size)))
 
 
-@pytest.mark.parametrize("kind", ["ours", "timm"])
+@pytest.mark.parametrize("kind", ["ours", pytest.param("timm", marks=pytest.mark.nightly)])
 def test_inductor_copies_nothing_around_the_op(kind):
     """It lays out four dimensions as for convolutions, where it keeps them: u would be transposed twice."""
     inductor = pytest.importorskip("torch._inductor.utils")
@@ -175,7 +177,9 @@ def test_inductor_copies_nothing_around_the_op(kind):
 
 
 @NEEDS_COMPILER
+@pytest.mark.nightly
 def test_aotinductor(tmp_path):
+    """make test has that of an inference model (test_inference_model.py)."""
     model = make(**SMALL).eval()
     program = torch.export.export(model, (images(),), dynamic_shapes=DYNAMIC)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))

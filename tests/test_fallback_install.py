@@ -1,4 +1,7 @@
-"""An installation where nothing can be compiled works, on the reference, and says once what is missing."""
+"""An installation by pip where nothing can be compiled works, on the reference, and says once what is missing.
+
+For make nightly; make test has a build without a compiler (test_build.py).
+"""
 
 import os
 import shutil
@@ -10,6 +13,7 @@ import pytest
 from installing import ROOT, copy_sources, create_environment, install, run
 
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="takes the files that git has"),
     pytest.mark.skipif(sys.platform == "win32", reason="its compilers are not found through the PATH"),
 ]
@@ -31,9 +35,7 @@ print([str(w.message) for w in caught if "mambaout" in str(w.message)])
 """
 
 
-@pytest.mark.parametrize(
-    "situation", [pytest.param(name, marks=pytest.mark.nightly if name != "no compiler" else ()) for name in SITUATIONS]
-)
+@pytest.mark.parametrize("situation", SITUATIONS)
 def test_it_installs_as_pure_python(situation, tmp_path):
     programs, reason, hint = SITUATIONS[situation]
     tools, tree, wheels = (tmp_path / name for name in ("tools", "tree", "wheels"))

@@ -13,8 +13,6 @@ from mambaout_kernels.comparators import reference
 if launch.missing() or cpu.unavailable():
     pytest.skip(str(launch.missing() or cpu.unavailable()), allow_module_level=True)
 
-KINDS = [kind if kind in ("plain", "amx-memory") else pytest.param(kind, marks=pytest.mark.sanitize)
-         for kind in launch.FLAGS]  # fmt: skip
 # N, G, L, D, S, shared: as test_selective_scan.py's
 CASES = [(2, 3, 65, 70, 5, True), (1, 2, 33, 130, 4, False), (2, 1, 1, 3, 1, True), (1, 4, 96, 64, 9, True)]
 RUNNING: dict[str, launch.Program] = {}
@@ -41,7 +39,7 @@ def apart(t):
 @pytest.mark.parametrize("at_begin", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", launch.kinds(on_amx=False))
 def test_nothing_beside_the_tensors(kind, case, dtype, at_begin):
     arguments, order = scans.make_inputs(*case, dtype=dtype)
     arguments[:2] = map(apart, arguments[:2])

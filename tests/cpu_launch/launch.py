@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from numerics import Inputs
 from torch import Tensor
@@ -28,16 +29,25 @@ _SANITIZED = "-g1 -fno-omit-frame-pointer -fno-sanitize-recover=all"
 _ADDRESS = f"{_SANITIZED} -Og -fsanitize=address --param asan-instrumentation-with-call-threshold=0"
 _UNDEFINED = "-fsanitize=undefined,float-cast-overflow -fno-sanitize=null,object-size"
 _RACES = f"{_SANITIZED} -O1 -fsanitize=thread"
-# "plain" has the flags of the module, and guard pages around every buffer. "amx" has portable C++ and the unit of AMX,
-# with tile instructions in C++. AddressSanitizer alone compiles in half of the time.
+# "plain" has the flags of the module, and guard pages around every buffer. "amx" is for the unit of AMX, with tile
+# instructions in C++. AddressSanitizer alone compiles in half of the time.
 FLAGS = {
     "plain": None, "memory": f"{_ADDRESS} {_UNDEFINED}", "races": _RACES,
     "amx-memory": _ADDRESS, "amx-undefined": f"{_SANITIZED} -Og {_UNDEFINED}", "amx-races": _RACES,
 }  # fmt: skip
 
 
+USUAL = ("plain", "amx-memory")  # in make test; the others are for make sanitize
+
+
+def kinds(on_amx: bool) -> list:
+    """The parameters of a test. on_amx: whether the unit of AMX has kernels for it."""
+    of_test = [kind for kind in FLAGS if on_amx or not kind.startswith("amx")]
+    return [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.sanitize) for kind in of_test]
+
+
 def isas_of(kind: str, of_module: list[str]) -> list[str]:
-    return ["portable", "amx_bf16"] if kind.startswith("amx") else of_module
+    return ["amx_bf16"] if kind.startswith("amx") else of_module
 
 
 def missing() -> str | None:
@@ -201,13 +211,14 @@ class Program:
         act: str,
         low_precision: bool,
         where: Where,
+        stride_n: int | None = None,
     ) -> Tensor:
-        """act(norm(conv(x))), (N, H, W, channels) to (N, ceil(H / 2), ceil(W / 2), out_channels)."""
+        """act(norm(conv(x))), (N, H, W, channels) to (N, ceil(H / 2), ceil(W / 2), out_channels). stride_n: see op."""
         N, H, W, _ = x.shape
         header = struct.pack(
             "16qd6q", 3, ISAS[where.isa], where.threads, where.at_begin, N, H, W, conv.out_channels, norm is not None,
             3, ACTIVATIONS.index(act), DTYPES[x.dtype], DTYPES[x.dtype], 0, conv.in_channels, int(low_precision),
-            0.0 if norm is None else norm.eps, *x.stride(), 0, 0,
+            0.0 if norm is None else norm.eps, x.stride(0) if stride_n is None else stride_n, *x.stride()[1:], 0, 0,
         )  # fmt: skip
         parameters = (conv.weight, conv.bias, *((None, None) if norm is None else (norm.weight, norm.bias)))
         tensors = _bytes(x) + b"".join(

@@ -1,8 +1,8 @@
 """The CPU kernels through their launch interface, without torch (tests/cpu_launch): between guard pages with the flags
 of the module, and under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-`make test` runs the guard pages on every instruction set, and under AddressSanitizer portable C++ and the unit of AMX,
-whose tile instructions are C++ there; `make sanitize` all of it.
+`make test` runs the guard pages on every instruction set, and under AddressSanitizer the unit of AMX, whose tile
+instructions are C++ there; `make sanitize` all of it.
 """
 
 import copy
@@ -41,9 +41,6 @@ from mambaout_kernels import _C
 ISAS = _C.supported_cpu_capabilities()
 DTYPES = list(launch.DTYPES)
 BF16_ISAS = ("avx512_bf16", "amx_bf16")  # which multiply bfloat16
-USUAL = ("plain", "amx-memory")
-KINDS = [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.sanitize) for kind in launch.FLAGS]
-
 # N, H, W, D, C, K: each reaches a branch of its own
 SHAPES = {
     "filter wider than the image": (2, 5, 3, 19, 19, 7),
@@ -71,7 +68,7 @@ def cases(shapes, on_amx: bool) -> list:
             isa,
             name,
             id=f"{kind}-{isa}-{name}",
-            marks=() if kind in USUAL else pytest.mark.sanitize,
+            marks=() if kind in launch.USUAL else pytest.mark.sanitize,
         )
         for kind in launch.FLAGS
         for isa in launch.isas_of(kind, ISAS)
@@ -241,7 +238,7 @@ CASES = {"plain": 40, "memory": 12, "races": 12, "amx-memory": 12, "amx-undefine
 
 
 @pytest.mark.generated
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", launch.kinds(on_amx=False))
 def test_generated_calls_of_the_op(kind):
     """Arbitrary sizes, layouts, dtypes, threads and instruction sets, straight to the launch interface."""
 
@@ -255,7 +252,7 @@ def test_generated_calls_of_the_op(kind):
 
 
 @pytest.mark.generated
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", launch.kinds(on_amx=True))
 def test_generated_calls_of_the_block(kind):
     @given(block_cases(launch.isas_of(kind, ISAS), launched=True))
     def launched(case):
@@ -269,7 +266,7 @@ def test_generated_calls_of_the_block(kind):
 
 
 @pytest.mark.generated
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", launch.kinds(on_amx=True))
 def test_generated_calls_of_the_downsampling(kind):
     @given(downsampling_cases(launch.isas_of(kind, ISAS)))
     def launched(case):
@@ -284,7 +281,7 @@ def test_generated_calls_of_the_downsampling(kind):
 
 
 @pytest.mark.generated
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", launch.kinds(on_amx=False))
 def test_generated_calls_of_the_head(kind):
     @given(head_cases(launch.isas_of(kind, ISAS), launched=True))
     def launched(case):
@@ -298,13 +295,13 @@ def test_generated_calls_of_the_head(kind):
 SANITIZERS = {"AddressSanitizer": "memory", "ThreadSanitizer": "races"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", launch.kinds(on_amx=True))
 def test_the_sanitizer_is_in_the_program(kind):
-    """What it says of a read beyond u tells whether the flags have reached the compiler."""
-    inputs = make_inputs(2, 5, 6, 20, 12, 7)
-    running = launch.Program(kind)
+    """What it says of a read beyond x tells whether the flags have reached the compiler."""
+    x, conv = torch.randn(2, 5, 6, 20), nn.Conv2d(20, 16, 3, stride=2, padding=1)
+    isa = launch.isas_of(kind, ISAS)[-1]
     with pytest.raises(Fault) as found:
-        running.op(inputs, "gelu", Where(), stride_n=2000 * inputs.u.stride(0))
+        launch.Program(kind).downsample(x, conv, None, "gelu", False, Where(isa), stride_n=2000 * x.stride(0))
     said_by = [name for name in SANITIZERS if name in str(found.value)]
     assert said_by == [name for name, of in SANITIZERS.items() if kind.endswith(of)]
 
