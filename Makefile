@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-NATIVE := $(wildcard $(foreach depth,* */* */*/*,$(addprefix csrc/$(depth),.h .cpp .cu .cuh .txt)))
+NATIVE := $(wildcard $(foreach depth,* */* */*/*,$(addprefix csrc/$(depth),.h .cpp .cu .cuh .txt .cmake)))
 BENCH_OUT ?= benchmarks/results
 CPP := '*.h' '*.cpp' '*.cu' '*.cuh'
 

@@ -40,7 +40,9 @@ SLOW = (
 
 
 # Files for one process of the tests: they use what takes long to build or to read, one after the other.
-TOGETHER = {"test_scan_launch": "test_cpu_launch", "test_cuda_depthwise_build": "test_cuda_build"}
+TOGETHER = {
+    "test_scan_launch": "test_cpu_launch", "test_cuda_depthwise_build": "test_cuda_build", "test_peers": "test_latency",
+}  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)

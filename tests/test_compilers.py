@@ -118,7 +118,7 @@ def test_whole_models_without_graph_break(kind, training, counted):
 def test_compiling_a_model_that_is_patched_later(counted):
     """Patched after torch.compile, it is compiled again rather than run as it was."""
     timm = pytest.importorskip("timm")
-    model = timm.create_model("test_mambaout", num_classes=3).eval()
+    model = timm.create_model("test_mambaout", num_classes=3, **TWO_STAGES).eval()
     backend = counted("eager")
     compiled = torch.compile(model, backend=backend)
     before = compiled(images())
@@ -214,7 +214,7 @@ def axes(values) -> dict[str, list]:
 
 def test_onnx_by_torchs_own_function():
     pytest.importorskip("onnxscript")
-    model = make().eval()
+    model = make(**TWO_STAGES).eval()
     program = torch.onnx.export(model, (images(),), dynamo=True)
     assert {node.domain for node in program.model.graph} == {""}
     with torch.no_grad():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
 QUICK = ["--set", "epochs=3", "--set", "warmup_epochs=1", "--set", "batch=240", "--set", "image_size=16"]
 
-pytest.importorskip("timm")
-pytest.importorskip("sklearn")
-pytest.importorskip("torchvision")
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("timm", "sklearn", "torchvision"))), reason="needs timm, scikit-learn and torchvision"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

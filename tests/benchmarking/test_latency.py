@@ -127,12 +127,6 @@ def test_workers_run_in_their_context_and_errors_reach_the_client():
     assert set(seen) == {(True, "reference", 1)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the model is exported once for all tests."""
-    return tmp_path_factory.mktemp("exports")
-
-
 def rows(cell=CELL, folder=None):
     return measure.latency_rows(Load(cell, (1, 3), 2), 1, 0.001, 100, folder)
 

@@ -13,12 +13,6 @@ from mambaout_kernels.cli import main
 CELL = Cell("model", "fwd", "fp32", 3, shapes.stages("test_mambaout")[0], ("eager", *peers.NAMES))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the model is exported once for all tests."""
-    return tmp_path_factory.mktemp("exports")
-
-
 def needs(name):
     if name not in peers.installed():
         pytest.skip(peers.left_out())

@@ -220,21 +220,6 @@ def configure(folder, path=None, cuda="ON", **environment):
     return subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What CMake has found out about the compilers serves both lists of architectures."""
-    return tmp_path_factory.mktemp("architectures")
-
-
-def architectures(folder, wanted):
-    """What CMake tells nvcc to build for under this TORCH_CUDA_ARCH_LIST."""
-    done = configure(folder, TORCH_CUDA_ARCH_LIST=wanted)
-    if done.returncode != 0:
-        return " ".join(done.stderr.split())
-    found = re.findall(r"code=\[([^\]]+)\]", (folder / "build.ninja").read_text())
-    return sorted({code for codes in found for code in codes.split(",")})
-
-
 def test_without_nvcc_the_module_is_left_out(tmp_path):
     path = os.pathsep.join(p for p in ("/usr/bin", "/bin") if os.path.isdir(p))
     if shutil.which("nvcc", path=path) or "CUDACXX" in os.environ or shutil.which("c++", path=path) is None:
@@ -244,17 +229,51 @@ def test_without_nvcc_the_module_is_left_out(tmp_path):
     targets = (tmp_path / "auto" / "build.ninja").read_text()
     assert "build _C." in targets
     assert "_C_cuda" not in targets
-    assert "MAMBAOUT_CUDA=ON, but no CUDA compiler was found" in configure(tmp_path / "on", path).stderr
+    assert "MAMBAOUT_CUDA=ON, but no CUDA compiler was found" in configure(tmp_path / "auto", path).stderr
 
 
 @needs_nvcc
-def test_the_list_of_architectures_is_honoured(folder):
-    assert architectures(folder, "8.6 9.0+PTX") == ["compute_90", "sm_86", "sm_90"]
+@pytest.mark.nightly
+def test_nvcc_is_told_the_architectures(tmp_path):
+    done = configure(tmp_path, TORCH_CUDA_ARCH_LIST="8.6 9.0+PTX")
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"code=\[([^\]]+)\]", (tmp_path / "build.ninja").read_text())
+    assert {code for codes in found for code in codes.split(",")} == {"compute_90", "sm_86", "sm_90"}
 
 
-@needs_nvcc
-def test_a_bad_list_of_architectures_is_an_error(folder):
-    assert "entries must look like 9.0, 9.0a or 9.0+PTX; got 'Hopper'" in architectures(folder, "Hopper")
+def architectures(folder, wanted):
+    """What CMake makes of TORCH_CUDA_ARCH_LIST."""
+    script = folder / "script.cmake"
+    script.write_text(f'include("{ROOT}/csrc/cuda/architectures.cmake")\nmessage("[${{ARCHITECTURES}}]")\n')
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    if shutil.which("cmake", path=path) is None:
+        pytest.skip("no cmake")
+    environment = {**os.environ, "PATH": path, "TORCH_CUDA_ARCH_LIST": wanted}
+    done = subprocess.run(["cmake", "-P", script], env=environment, capture_output=True, text=True)
+    return " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("8.6 9.0+PTX", "[86-real;90]"),
+        ("8.0;9.0a,12.0f+PTX", "[80-real;90a-real;120f]"),
+        ("9.0", "[90-real]"),
+        ("", "[]"),
+    ],
+)
+def test_the_list_of_architectures_is_honoured(wanted, expected, tmp_path):
+    assert architectures(tmp_path, wanted) == expected
+
+
+def test_what_the_kernels_do_not_run_on_is_left_out(tmp_path):
+    said = architectures(tmp_path, "7.5 8.0")
+    assert "7.5 is left out: the kernels need compute capability 8.0" in said
+    assert said.endswith("[80-real]")
+
+
+def test_a_bad_list_of_architectures_is_an_error(tmp_path):
+    assert "entries must look like 9.0, 9.0a or 9.0+PTX; got 'Hopper'" in architectures(tmp_path, "8.0 Hopper")
 
 
 LOADS = """

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import assert_model_accurate
+from on_meta import timm_model
 from torch import nn
 
 from mambaout_kernels.models import VARIANTS, MambaOut, create_model
@@ -53,9 +54,8 @@ def make(name="test_mambaout", **overrides):
 
 def make_timm(name, model, **overrides):
     """timm's model of that name with the values of `model`."""
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        other = timm.create_model(name, **overrides)
+    pytest.importorskip("timm")
+    other = timm_model(name, **overrides)
     other.load_state_dict(to_timm(model.state_dict()), strict=True, assign=True)
     return copy.deepcopy(other)  # assign shares the tensors
 

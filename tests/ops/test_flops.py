@@ -28,9 +28,9 @@ def by_pytorch(function, *args):
         return counted(function, *args)
 
 
-def timms(name, size, training=False):
+def timms(name, size, training=False, **options):
     timm = pytest.importorskip("timm")
-    model = timm.create_model(name, num_classes=10).train(training)
+    model = timm.create_model(name, num_classes=10, **options).train(training)
     return counted(model if not training else lambda x: model(x).sum().backward(), torch.randn(2, 3, size, size))
 
 
@@ -46,11 +46,14 @@ assert counter.get_total_flops() > 0
     subprocess.run([python(), "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["mambaout_femto", "test_mambaout", "mambaout_base_plus_rw"])
-def test_models_count_as_timms(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mambaout_femto", {}), ("test_mambaout", {}), ("mambaout_base_plus_rw", {"depths": (1, 1, 2, 1)})],
+)
+def test_models_count_as_timms(name, options):
     size = 64
-    model, x = mk.create_model(name, num_classes=10).eval(), torch.randn(2, 3, size, size)
-    expected = timms(name, size)
+    model, x = mk.create_model(name, num_classes=10, **options).eval(), torch.randn(2, 3, size, size)
+    expected = timms(name, size, **options)
     assert expected > 0
     with torch.no_grad():
         assert counted(model, x) == expected

@@ -26,7 +26,11 @@ def test_schemas():
     )
 
 
-@pytest.mark.parametrize(("dtype", "act"), [(torch.float32, "gelu"), (torch.bfloat16, "silu")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "act"),
+    [(torch.float32, "gelu"), pytest.param(torch.bfloat16, "silu", marks=pytest.mark.nightly)],
+    ids=str,
+)
 def test_opcheck(dtype, act):
     tensors, dy = leaves(2, 6, 7, 10, 4, 3, dtype=dtype)  # tracing takes long for each tap of the filter
     torch.library.opcheck(OP, (*tensors, act), rtol=3e-2, atol=3e-2)
@@ -132,7 +136,8 @@ def test_mixed_dtypes_each_gradient_in_its_tensors_dtype(weight_dtype, bias_dtyp
         assert_accurate(t.grad.to(b.dtype), b, *beside)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+# By inductor whole models are compiled in test_compilers.py.
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_compiles_without_a_graph_break(compiler):
     tensors, dy = leaves()
 

@@ -67,7 +67,7 @@ def test_impulse_returns_the_turned_filter(K):
     assert y.count_nonzero() == weight.count_nonzero()
 
 
-@pytest.mark.parametrize("K", [3, 7, 9])
+@pytest.mark.parametrize("K", [3, 7, pytest.param(9, marks=pytest.mark.nightly)])
 def test_impulse_in_the_gradient(K):
     """dc of one unit of e is the filter itself; dweight is c around that pixel."""
     R, size = K // 2, K + 2

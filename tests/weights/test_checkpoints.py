@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from on_meta import timm_model
 
 from mambaout_kernels.models import VARIANTS, create_model
 from mambaout_kernels.weights.checkpoints import describe, load_checkpoint, load_into, to_authors, to_timm
@@ -44,9 +45,9 @@ def save(path, content, legacy=False):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_key_maps_are_inverse_and_give_timms_names(name):
-    timm = pytest.importorskip("timm")
+    pytest.importorskip("timm")
     with torch.device("meta"):
-        ours, theirs = create_model(name).state_dict(), timm.create_model(name).state_dict()
+        ours, theirs = create_model(name).state_dict(), timm_model(name).state_dict()
     translated = to_timm(ours)
     assert {key: value.shape for key, value in translated.items()} == {k: v.shape for k, v in theirs.items()}
     again = to_authors(translated)
