@@ -220,6 +220,7 @@ def configure(folder, path=None, cuda="ON", **environment):
     return subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
 
 
+@pytest.mark.nightly
 def test_without_nvcc_the_module_is_left_out(tmp_path):
     path = os.pathsep.join(p for p in ("/usr/bin", "/bin") if os.path.isdir(p))
     if shutil.which("nvcc", path=path) or "CUDACXX" in os.environ or shutil.which("c++", path=path) is None:

@@ -27,9 +27,11 @@ NEEDS_COMPILER = pytest.mark.skipif(
 )
 
 
+SMALL = {"depths": (1, 2), "dims": (16, 24), "num_classes": 9}
+
+
 def make(**options):
-    arguments = {"depths": (1, 2), "dims": (16, 24), "num_classes": 9, "ls_init_value": 0.5, **options}
-    return enlivened(mk.MambaOut(**arguments)).eval()
+    return enlivened(mk.MambaOut(**{**SMALL, "ls_init_value": 0.5, **options})).eval()
 
 
 def partly_fused():
@@ -49,7 +51,7 @@ def fast():
 def kind_of_model(request):
     if request.param == "timm":
         timm = pytest.importorskip("timm")
-        return mk.optimize_for_inference(enlivened(timm.create_model("test_mambaout", num_classes=9)))
+        return mk.optimize_for_inference(enlivened(timm.create_model("test_mambaout", **SMALL)))
     if request.param == "bfloat16":
         return mk.optimize_for_inference(make(), dtype=torch.bfloat16)
     return mk.optimize_for_inference(partly_fused() if request.param == "partly" else make())
