@@ -5,21 +5,16 @@ from pathlib import Path
 # Before torch: where tests ask for more threads than there are cores, threads that wait busily take all of their time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Nor torch: the process that starts those of the tests does without it, and they begin four seconds earlier.
 import pytest
-import torch
 from hypothesis import settings
 from processes import python
-
-from mambaout_kernels.backends import cpu
 
 # How many cases generated tests run, of 100: --hypothesis-profile=nightly. A case that fails is found again by the blob
 # that is printed.
 settings.register_profile("usual", max_examples=100, deadline=None, derandomize=True, database=None)
 settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("usual")
-
-ISAS = [] if cpu.module is None else cpu.module.supported_cpu_capabilities()
-
 
 # What builds, compiles, starts processes or other runtimes, times, or generates cases: files and tests that are not in
 # make test-fast.
@@ -77,6 +72,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _same_start():
+    import torch
+
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     yield
@@ -89,9 +86,22 @@ def forked_workers(monkeypatch):
     monkeypatch.setattr(sys, "executable", python())
 
 
-@pytest.fixture(params=ISAS)
+def pytest_generate_tests(metafunc):
+    """The parameters of the fixture isa, where a test does not give its own."""
+    lists = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = {name for names in lists for name in (names.replace(",", " ").split() if isinstance(names, str) else names)}
+    if "isa" in metafunc.fixturenames and "isa" not in own:
+        from mambaout_kernels.backends import cpu
+
+        found = [] if cpu.module is None else cpu.module.supported_cpu_capabilities()
+        metafunc.parametrize("isa", found, indirect=True)
+
+
+@pytest.fixture
 def isa(request):
     """Each instruction set that the compiled kernels and this processor have, in turn."""
+    from mambaout_kernels.backends import cpu
+
     before = cpu.module.cpu_capability()
     cpu.module.set_cpu_capability(request.param)
     yield request.param
