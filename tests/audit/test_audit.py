@@ -100,15 +100,15 @@ def test_gates_of_odd_hidden_sizes(kernel, dtype):
 @compiles
 @pytest.mark.parametrize(
     ("kernel", "dtype", "aligned"),
-    [
-        pytest.param(kernel, dtype, aligned, marks=() if usual else pytest.mark.nightly)
-        for i, kernel in enumerate(KERNELS)
-        for dtype, aligned, usual in (
-            ("bfloat16", True, i % 2 == 0), ("float32", False, i % 2 == 1), ("float32", True, False),
-            ("bfloat16", False, False),
+    in_turn(
+        *(
+            ((kernel, dtype, aligned), (dtype, aligned) == (("bfloat16", True), ("float32", False))[i % 2])
+            for i, kernel in enumerate(KERNELS)
+            for dtype in ("bfloat16", "float32")
+            for aligned in (True, False)
         )
-    ],
-)  # fmt: skip
+    ),
+)
 def test_amd_does_not_spill(kernel, dtype, aligned):
     found = entry("gfx942", kernel, dtype, aligned=aligned).row
     assert 0 < found.registers <= 512

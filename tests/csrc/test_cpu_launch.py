@@ -41,6 +41,7 @@ from mambaout_kernels import _C
 ISAS = _C.supported_cpu_capabilities()
 DTYPES = list(launch.DTYPES)
 BF16_ISAS = ("avx512_bf16", "amx_bf16")  # which multiply bfloat16
+
 # N, H, W, D, C, K: each reaches a branch of its own
 SHAPES = {
     "filter wider than the image": (2, 5, 3, 19, 19, 7),

@@ -207,17 +207,22 @@ def test_the_gates_see_narrow_accesses_and_lost_multiply_adds(tmp_path):
         assert expected in failures
 
 
-def configure(folder, path=None, cuda="ON", **environment):
-    """What CMake says, run with this PATH."""
-    pybind11 = pytest.importorskip("pybind11")
+def run_cmake(*arguments, path=None, **environment):
     path = os.pathsep.join([os.path.dirname(sys.executable), path or os.environ["PATH"]])
     if shutil.which("cmake", path=path) is None or shutil.which("ninja", path=path) is None:
         pytest.skip("no cmake or no ninja")
-    command = [
-        "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DMAMBAOUT_CUDA={cuda}",
+    environment = {**os.environ, "PATH": path, **environment}
+    return subprocess.run(["cmake", *arguments], env=environment, capture_output=True, text=True)
+
+
+def configure(folder, path=None, cuda="ON", **environment):
+    """What CMake says, run with this PATH."""
+    pybind11 = pytest.importorskip("pybind11")
+    return run_cmake(
+        "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DMAMBAOUT_CUDA={cuda}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    return subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
+        path=path, **environment,
+    )  # fmt: skip
 
 
 @pytest.mark.nightly
@@ -246,12 +251,7 @@ def architectures(folder, wanted):
     """What CMake makes of TORCH_CUDA_ARCH_LIST."""
     script = folder / "script.cmake"
     script.write_text(f'include("{ROOT}/csrc/cuda/architectures.cmake")\nmessage("[${{ARCHITECTURES}}]")\n')
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    if shutil.which("cmake", path=path) is None:
-        pytest.skip("no cmake")
-    environment = {**os.environ, "PATH": path, "TORCH_CUDA_ARCH_LIST": wanted}
-    done = subprocess.run(["cmake", "-P", script], env=environment, capture_output=True, text=True)
-    return " ".join(done.stderr.split())
+    return " ".join(run_cmake("-P", script, TORCH_CUDA_ARCH_LIST=wanted).stderr.split())
 
 
 @pytest.mark.parametrize(

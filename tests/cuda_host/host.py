@@ -149,15 +149,8 @@ def build(
     if not program.exists():
         unfinished = program.with_suffix(f".{os.getpid()}")
         # dispatch.cpp names the units of every dtype and direction; those that are left out are never called.
-        link = [
-            "g++",
-            "-no-pie",
-            *CHECKS[check][1],
-            *linked,
-            "-Wl,--unresolved-symbols=ignore-all",
-            "-o",
-            str(unfinished),
-        ]
+        flags = ["-no-pie", *CHECKS[check][1], "-Wl,--unresolved-symbols=ignore-all"]
+        link = ["g++", *flags, *linked, "-o", str(unfinished)]
         subprocess.run(link, check=True)
         unfinished.replace(program)
     _checks[program] = check
