@@ -86,6 +86,15 @@ def forked_workers(monkeypatch):
     monkeypatch.setattr(sys, "executable", python())
 
 
+@pytest.fixture
+def _scalar_loops():
+    """inductor's loops without vectors compile in half the time; what it makes of this package's ops is the same."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch({"cpp.simdlen": 1}):
+        yield
+
+
 def pytest_generate_tests(metafunc):
     """The parameters of the fixture isa, where a test does not give its own."""
     lists = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]

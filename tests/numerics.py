@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambaout_kernels import backends, reference
 from mambaout_kernels.benchmarking import accuracy, error_bounds
+from mambaout_kernels.reference import ACTIVATIONS
 
 OUTPUTS = ("y", "du", "dweight", "dbias")
 
@@ -67,6 +68,13 @@ class Inputs:
 
     def __iter__(self):
         return iter((self.u, self.weight, self.bias))
+
+
+def activations_of(dtype: torch.dtype, shape: tuple[int, ...], shapes) -> tuple[str, ...]:
+    """For a test of many shapes: all of float32, of other dtypes one in turn."""
+    if dtype == torch.float32:
+        return ACTIVATIONS
+    return (ACTIVATIONS[list(shapes).index(shape) % len(ACTIVATIONS)],)
 
 
 def make_inputs(N, H, W, D, C, K, dtype=torch.float32, weight_dtype=None, seed=0) -> Inputs:

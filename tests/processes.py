@@ -1,8 +1,8 @@
 """A Python that has torch and timm imported from its first line, for tests that need a process of their own: to import
 them takes up to eight seconds.
 
-`python()` is the path of a program that takes what python takes. One process for each process of pytest imports them
-and does nothing else; every call is a fork of it, with the caller's files, folder, environment and signals. Where an
+`python()` is the path of a program that takes what python takes. One process for each run of pytest imports them and
+does nothing else; every call is a fork of it, with the caller's files, folder, environment and signals. Where an
 import itself is tested, the memory of a process, or what libraries read from the environment when they are loaded, a
 test runs sys.executable instead.
 """
@@ -21,29 +21,38 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # which are passed on
 
 @functools.cache
 def python() -> str:
-    import atexit
-    import shlex
-    import shutil
-    import subprocess
+    import fcntl
     import tempfile
-    from pathlib import Path
 
     if not sys.platform.startswith("linux"):  # files in messages, and os.pidfd_open
         return sys.executable
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
+    run_of_workers = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run_of_workers is None:
+        return _started(tempfile.mkdtemp(), os.getpid())
+    folder = os.path.join(tempfile.gettempdir(), f"python-{run_of_workers}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        program = os.path.join(folder, "python")
+        return program if os.path.exists(program) else _started(folder, os.getppid())
+
+
+def _started(folder: str, owner: int) -> str:
+    """The program, whose server ends, and removes the folder, when the process `owner` has ended."""
+    import shlex
+    import subprocess
+
+    program, address = (os.path.join(folder, name) for name in ("python", "socket"))
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / "socket"))
+    listener.bind(address)
     listener.listen()
     file = str(listener.fileno())
-    program = folder / "python"
-    # It ends when this process does, and with it the pipe.
-    words = [sys.executable, __file__, "serve", file, str(program)]
-    subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[int(file)])
-    words = [sys.executable, "-IS", __file__, "call", str(folder / "socket")]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-    program.chmod(0o700)
-    return str(program)
+    words = [sys.executable, __file__, "serve", program, file, str(owner)]
+    subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=[int(file)])
+    words = [sys.executable, "-IS", __file__, "call", address]
+    with open(program, "w", opener=lambda path, flags: os.open(path, flags, mode=0o700)) as text:
+        text.write(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    return program
 
 
 def call(address: str, arguments: list[str]) -> None:
@@ -68,11 +77,13 @@ def call(address: str, arguments: list[str]) -> None:
     os._exit(status)
 
 
-def serve(listener: socket.socket) -> list[str]:
+def serve(program: str, listener: socket.socket, owner: int) -> list[str]:
     """Returns in forked processes only: what they have to run."""
     import gc
+    import shutil
     from contextlib import suppress
 
+    ended = os.pidfd_open(owner)
     import torch._dynamo  # noqa: F401 (which every optimizer imports)
 
     with suppress(ImportError):
@@ -80,8 +91,9 @@ def serve(listener: socket.socket) -> list[str]:
     gc.freeze()  # what forks do not write to is not copied
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        ready, _, _ = select([listener, 0], [], [])
-        if 0 in ready:
+        ready, _, _ = select([listener, ended], [], [])
+        if ended in ready:
+            shutil.rmtree(os.path.dirname(program))
             os._exit(0)
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -127,7 +139,7 @@ def run(arguments: list[str]) -> None:
 
     import torch
 
-    sys.executable = sys.argv[3]
+    sys.executable = sys.argv[2]
     by_line = 1 if os.environ.get("PYTHONUNBUFFERED") else -1
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", by_line), open(2, "w", 1)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -154,4 +166,4 @@ def run(arguments: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "call":
         call(sys.argv[2], sys.argv[3:])
-    run(serve(socket.socket(fileno=int(sys.argv[2]))))
+    run(serve(sys.argv[2], socket.socket(fileno=int(sys.argv[3])), int(sys.argv[4])))

@@ -65,6 +65,7 @@ def make_whole(kind, **options):
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("_scalar_loops")
 def test_inductor_in_evaluation_one_graph_for_all_sizes(counted):
     model, backend = make(**SMALL).eval(), counted("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -75,6 +76,7 @@ def test_inductor_in_evaluation_one_graph_for_all_sizes(counted):
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("_scalar_loops")
 def test_inductor_in_training_one_graph_for_all_batches(counted):
     """Forward and every gradient. With H and W dynamic too, inductor fails on timm's own MambaOut as on this one."""
     model, backend = make(**SMALL).train(), counted("inductor")
@@ -148,6 +150,7 @@ def test_export(kind):
             assert_close(program.module()(images(*size)), model(images(*size)))
 
 
+@pytest.mark.usefixtures("_scalar_loops")
 @pytest.mark.parametrize("kind", ["ours", pytest.param("timm", marks=pytest.mark.nightly)])
 def test_inductor_copies_nothing_around_the_op(kind):
     """It lays out four dimensions as for convolutions, where it keeps them: u would be transposed twice."""

@@ -183,7 +183,8 @@ class Features(Dataset):
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+# By spawn, make test has it of an inference model (test_inference_model.py), which is packed again there.
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.nightly)])
 def test_data_loader_workers(model, method):
     features = Features(model)
     expected = torch.stack([features[i] for i in range(len(features))])  # the parent has used its threads

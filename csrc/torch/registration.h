@@ -28,6 +28,7 @@ inline void register_ops(const std::string& ops_namespace, const char* device, v
 }
 
 void register_gated_dwconv(const std::string& ops_namespace);
+void register_gated_dwconv_cuda(const std::string& ops_namespace);
 void register_gated_cnn_blocks(const std::string& ops_namespace);
 void register_conv3x3s2(const std::string& ops_namespace);
 void register_head(const std::string& ops_namespace);

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from numerics import Inputs, activation_bounds, check_backend, eager, exact, expected_of, make_inputs
+from numerics import Inputs, activation_bounds, activations_of, check_backend, eager, exact, expected_of, make_inputs
 
 from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
@@ -50,7 +50,7 @@ def case(shape, dtype, act):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_against_fp64(isa, shape, dtype):
-    for act in ACTIVATIONS:
+    for act in activations_of(dtype, shape, SHAPES.values()):
         inputs, expected = case(shape, dtype, act)
         check_backend("cpu", inputs, act, expected)
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from cuda_binding import stand_in
 from cuda_host import host
 from generated import CHANNELS_APART, LAYOUTS, WEIGHT_LAYOUTS
 from numerics import Inputs, check_outputs, expected_of, make_inputs
+from processes import python
 
 from mambaout_kernels.backends import cuda
 from mambaout_kernels.reference import ACTIVATIONS
@@ -398,7 +398,7 @@ def first_call(failing):
     """The calls of a process's first op, which looks up the function for the stream; the device after; the error."""
     tests = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", FIRST_CALL, failing]
+    command = [python(), "-c", FIRST_CALL, failing]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,7 +1,7 @@
-// What csrc/bindings_cuda.cpp calls, without a GPU: the functions of libtorch that know of devices, the CUDA runtime,
-// the way to the current stream; and the launches, which run the kernels on the CPU (tests/cuda_host). stand_in.py
-// links it with bindings_cuda.cpp as it is: the linker turns every call of f there into one of __wrap_f, and __real_f
-// is f.
+// What csrc/torch/gated_dwconv_cuda.cpp calls, without a GPU: the functions of libtorch that know of devices, the CUDA
+// runtime, the way to the current stream; and the launches, which run the kernels on the CPU (tests/cuda_host).
+// stand_in.py links it with that file as it is: the linker turns every call of f there into one of __wrap_f, and
+// __real_f is f.
 //
 // Tensors on the CPU pass for ones on a CUDA device. All calls are recorded. New memory holds NaN. A launch first holds
 // its arguments to what gated_dwconv_cuda.h asks for: an error tells more than a write out of bounds.
@@ -20,6 +20,7 @@
 
 #include "cuda/depthwise.h"
 #include "cuda/gated_dwconv_cuda.h"
+#include "torch/registration.h"
 
 namespace {
 
@@ -263,6 +264,9 @@ void record_depthwise(const Depthwise& call, const Device& device, void* stream)
 
 // --- for stand_in.py ---
 extern "C" {
+[[gnu::visibility("default")]] void stand_in_register(const char* ops_namespace) {
+  register_gated_dwconv_cuda(ops_namespace);
+}
 [[gnu::visibility("default")]] void stand_in_begin(int device, int current, int runtime, std::int64_t streams,
                                                    const char* failing) {
   state = {};

@@ -2,13 +2,11 @@
 
 import ctypes
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -31,21 +29,13 @@ def missing() -> str | None:
         return host.missing()
     if not (host.cuda_headers() / "cuda_runtime_api.h").exists():
         return "no cuda_runtime_api.h"
-    if importlib.util.find_spec("pybind11") is None:
-        return "no pybind11"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "no Python.h"
     return None
 
 
 def _build() -> Path:
-    import pybind11
-
-    folders = (pybind11.get_include(), sysconfig.get_paths()["include"], TORCH / "include", host.cuda_headers())
     flags = (
-        "-O0", "-fPIC", "-fvisibility=hidden", f"-I{host.KERNELS}", *(f"-isystem{folder}" for folder in folders),
-        "-DTORCH_TARGET_VERSION=0x020a000000000000", f'-DMAMBAOUT_TORCH_VERSION="{torch.__version__}"',
-        '-DMAMBAOUT_CUDA_COMPILER=""', '-DMAMBAOUT_CUDA_ARCHITECTURES=""',
+        "-O0", "-fPIC", "-fvisibility=hidden", f"-I{host.KERNELS}", f"-isystem{TORCH / 'include'}",
+        f"-isystem{host.cuda_headers()}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
     )  # fmt: skip
     sources = (host.KERNELS / "torch" / "gated_dwconv_cuda.cpp", HERE / "stand_in.cpp")
     headers = (host.KERNELS / "cuda", host.KERNELS / "cpu")
@@ -63,21 +53,12 @@ def _build() -> Path:
     return library
 
 
-def _import(library: Path) -> None:
-    """Registers its ops, in the namespace of the package that the module is said to be in."""
-    spec = importlib.util.spec_from_file_location(f"{NAMESPACE}._C_cuda", library)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
 class StandIn:
     """The library, once loaded: its ops, and what they called."""
 
     def __init__(self) -> None:
-        library = _build()
-        _import(library)
-        self._library = ctypes.CDLL(str(library))
+        self._library = ctypes.PyDLL(str(_build()))
+        self._library.stand_in_register(NAMESPACE.encode())
         self._library.stand_in_begin.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64, ctypes.c_char_p]
         self._library.stand_in_put.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_int]
         self._library.stand_in_calls.restype = ctypes.c_char_p

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,14 +37,15 @@ def assert_close(actual, expected):
 
 def test_own_names_beside_timms():
     code = """
-import timm
+import timm, warnings
+warnings.simplefilter("error")
 before = {name: timm.models.model_entrypoint(name) for name in timm.list_models()}
 import mambaout_kernels.integrations.timm
 after = {name: timm.models.model_entrypoint(name) for name in timm.list_models()}
 assert all(after[name] is before[name] for name in before)
 print(*sorted(set(after) - set(before)))
 """
-    found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([python(), "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == sorted(f"fused_{name}" for name in VARIANTS)
 
 

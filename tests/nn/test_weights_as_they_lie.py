@@ -18,7 +18,7 @@ from torch import nn
 
 from mambaout_kernels import FusedGatedCNNBlock, backends, create_model, patch
 
-SMALL = {"num_classes": 10, "act_layer": "gelu"}
+SMALL = {"num_classes": 10, "act_layer": "gelu", "depths": (1, 1), "dims": (16, 24)}
 
 
 def make_block():
@@ -314,7 +314,7 @@ BEFORE = {
     hook_removed: become_hooked,
 }
 
-# Of the largest value: two orders of float32 sums through six blocks differ by 1e-6; what is written changes more.
+# Of the largest value: two orders of float32 sums through some blocks differ by 1e-6; what is written changes more.
 ALIKE = 1e-5
 
 

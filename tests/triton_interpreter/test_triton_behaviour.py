@@ -85,7 +85,6 @@ def test_impulse_in_the_gradient(K):
 CHANNELS = {"g of i": 0, "g of c": 3, "i": 5, "c": 9, "last c": 11}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("channel", "act"),
     [  # an activation sees its gates alone
@@ -96,9 +95,9 @@ CHANNELS = {"g of i": 0, "g of c": 3, "i": 5, "c": 9, "last c": 11}
         for act in ACTIVATIONS
     ],
 )
-def test_not_finite_where_eager_is_not_finite(act, value, channel):
+def test_not_finite_where_eager_is_not_finite(act, channel):
     inputs = make_inputs(1, 5, 6, 6, 4, 3)
-    inputs.u[0, 2, 3, channel] = value
+    inputs.u[0, [0, 0, 4], [0, 5, 2], channel] = torch.tensor([torch.nan, torch.inf, -torch.inf])  # no tap meets two
     ours, theirs = run(inputs, act), eager(inputs, act)
     for name, a, b in zip(("y", "du"), ours[:2], theirs[:2], strict=True):
         assert torch.equal(a.isfinite(), b.isfinite()), name
