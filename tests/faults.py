@@ -467,6 +467,17 @@ FAULTS += [
     FaultySource("csrc/cuda/depthwise.cuh", right, wrong, f"tests/csrc/test_cuda_depthwise.py {selected}")
     for right, wrong, selected in _DEPTHWISE_KERNEL
 ]
+# The identity channels of a row: whose packets, which of them there are, where they lie.
+_IDENTITY = [
+    ("(first_ + index - pixel * packets_) * kChannels", "(index - pixel * packets_) * kChannels"),
+    ("if (index >= count_) return {};", ""),
+    ("g[b], i[b]).store(y + place.offset(y_pitch))", "g[b], i[b]).store(y + place.offset(2 * y_pitch))"),
+    ("i[b] = P::load(u + D + place.offset(u_pitch));", "i[b] = P::load(u + D + place.offset(2 * D));"),
+]
+FAULTS += [
+    FaultySource("csrc/cuda/identity_row.cuh", right, wrong, "tests/csrc/test_cuda_host.py -k 'layouts or devices'")
+    for right, wrong in _IDENTITY
+]
 # The split backward: rows of e and x, images, indices beyond 32 bits, e in the place of s, the filter turned.
 _SPLIT_KERNELS = [
     ("weight_gradient.cuh", "if (adding && row >= 0) {", "if (adding) {", "-k 'fp64 and bfloat16'"),

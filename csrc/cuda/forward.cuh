@@ -34,7 +34,6 @@ struct ForwardTraits {
   static constexpr int kGroup = kChunk / kLanes;  // threads
   // Two channels to a thread: for GPUs whose memory is so fast that blocks must be small to be shared out evenly.
   static constexpr int kMaxThreads = kLanes == 1 ? 128 : 64, kMinBlocks = !kAligned ? 2 : kLanes == 1 ? 3 : 4;
-  static constexpr bool kKeepPlaces = kLanes == 2;  // of identity packets, in registers: one more spills at one channel
   static constexpr int kMaxGroups = kMaxThreads / kGroup;
   static constexpr int kStages = sizeof(T) == 2 ? 6 : 4;
   static constexpr int kBatch = kAligned ? 2 : 4;
@@ -115,16 +114,13 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
   };
 
   const IdentityShare share(identity / Share::kChannels, place.group, tiling.chunk_groups, min(tile_w, W - place.w0));
-  const auto identity_place = [&](int index) {
-    if (index >= share.count()) return IdentityPlace{-1, 0, 0};
-    return IdentityPlace::of<Share::kChannels>(share, index, args.u_pitch, 0, D);
-  };
   IdentityPlace places[kBatch];  // the same in every row
 #pragma unroll
-  for (int b = 0; b < kBatch; ++b) places[b] = identity_place(threadIdx.x + b * blockDim.x);
-  const auto own_place = [&](int b) {
-    return Traits::kKeepPlaces ? places[b] : identity_place(threadIdx.x + b * blockDim.x);
-  };
+  for (int b = 0; b < kBatch; ++b) {
+    places[b] = share.template place<Share::kChannels>(threadIdx.x + b * blockDim.x);
+    places[b].keep();
+  }
+  const auto own_place = [&](int b) { return places[b]; };
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) stage_next(s);
   RowStep at{place.n0, first};
@@ -142,7 +138,7 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
     const bool yields = at.row - R >= place.h0;
     const T* const u_row = args.u + at.pixel(R, place.w0, H, W) * args.u_pitch;  // of the row that is yielded
     IdentityForward<T, Traits::kAligned, kBatch> batch;
-    if (yields) batch.load(own_place, u_row, D);
+    if (yields) batch.load(own_place, u_row, args.u_pitch, D);
 
     T* const stage = ring + slot * stage_elements;
     if (at.row == first) {
@@ -184,11 +180,13 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
             }
           }
         }
-        batch.finish(gate, own_place, y_row);
+        batch.finish(gate, own_place, y_row, D);
         for (int begin = kBatch * blockDim.x; begin < share.count(); begin += kBatch * blockDim.x) {
-          const auto further_place = [&](int b) { return identity_place(begin + threadIdx.x + b * blockDim.x); };
-          batch.load(further_place, u_row, D);
-          batch.finish(gate, further_place, y_row);
+          const auto further_place = [&](int b) {
+            return share.template place<Share::kChannels>(begin + threadIdx.x + b * blockDim.x);
+          };
+          batch.load(further_place, u_row, args.u_pitch, D);
+          batch.finish(gate, further_place, y_row, D);
         }
       });
     }

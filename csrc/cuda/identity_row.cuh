@@ -1,13 +1,34 @@
 // The identity branch of one row of a tile: the packets of its pixels that are this block's share.
 #pragma once
 
+#include "gated_dwconv_cuda.h"
 #include "gates.cuh"
 #include "packet.cuh"
 #include "tiling.h"
 
 namespace mambaout_kernels::cuda {
 
-// The packets (pixel, packet of the share), in the order of threads.
+// Where one packet lies from the first pixel of the tile's row, in one register; or none.
+class IdentityPlace {
+ public:
+  __device__ __forceinline__ IdentityPlace() : bits_(~0u) {}
+  __device__ __forceinline__ IdentityPlace(int pixel, int channel)
+      : bits_(static_cast<unsigned>(pixel) << kChannelBits | channel) {}
+
+  __device__ __forceinline__ bool exists() const { return bits_ != ~0u; }
+  // In elements, of pixels so far apart.
+  __device__ __forceinline__ int offset(int pitch) const {
+    return static_cast<int>(bits_ >> kChannelBits) * pitch + static_cast<int>(bits_ & ((1u << kChannelBits) - 1));
+  }
+  __device__ __forceinline__ void keep() { keep_in_register(bits_); }
+
+ private:
+  static constexpr int kChannelBits = 21;  // which leaves 11 for the pixel: of a tile, and none of them all ones
+  static_assert(kMostChannels < (1 << kChannelBits) - 1);
+  unsigned bits_;
+};
+
+// The packets of the block, pixel by pixel, in the order of threads.
 class IdentityShare {
  public:
   // `packets` per pixel in all, of which this is part `group` of `groups`, at `pixels` pixels.
@@ -19,26 +40,16 @@ class IdentityShare {
 
   __device__ __forceinline__ int count() const { return count_; }
   // index < 2^32 / packets
-  __device__ __forceinline__ int pixel(int index) const {
-    return packets_ > 1 ? static_cast<int>(__umulhi(index, reciprocal_)) : index;
+  template <int kChannels>
+  __device__ __forceinline__ IdentityPlace place(int index) const {
+    if (index >= count_) return {};
+    const int pixel = packets_ > 1 ? static_cast<int>(__umulhi(index, reciprocal_)) : index;
+    return {pixel, (first_ + index - pixel * packets_) * kChannels};
   }
-  __device__ __forceinline__ int packet(int index, int pixel) const { return first_ + index - pixel * packets_; }
 
  private:
   int first_, packets_, count_;
   unsigned reciprocal_;
-};
-
-// Where one packet lies, from the first pixel of the tile's row, in elements; the same in every row.
-struct IdentityPlace {
-  int u, dy, y;  // u: of g, and of i with D more; y: with pixels D apart
-
-  template <int kChannels>
-  __device__ __forceinline__ static IdentityPlace of(const IdentityShare& share, int index, int u_pitch, int dy_pitch,
-                                                     int D) {
-    const int pixel = share.pixel(index), d = share.packet(index, pixel) * kChannels;
-    return {pixel * u_pitch + d, pixel * dy_pitch + d, pixel * D + d};
-  }
 };
 
 // y = act(g) * i for up to kBatch packets of this thread, loaded early and used late.
@@ -47,23 +58,23 @@ struct IdentityForward {
   using P = Packet<T, kAligned>;
   P g[kBatch], i[kBatch];
 
-  // at(b) is the place of packet b; those with u < 0 are not there. u, y: at the first pixel of the tile's row.
+  // at(b) is the place of packet b. u, y: at the first pixel of the tile's row.
   template <typename At>
-  __device__ __forceinline__ void load(At at, const T* u, int D) {
+  __device__ __forceinline__ void load(At at, const T* u, int u_pitch, int D) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const IdentityPlace place = at(b);
-      if (place.u < 0) continue;
-      g[b] = P::load(u + place.u);
-      i[b] = P::load(u + D + place.u);
+      if (!place.exists()) continue;
+      g[b] = P::load(u + place.offset(u_pitch));
+      i[b] = P::load(u + D + place.offset(u_pitch));
     }
   }
   template <typename Gate, typename At>
-  __device__ __forceinline__ void finish(Gate gate, At at, T* y) const {
+  __device__ __forceinline__ void finish(Gate gate, At at, T* y, int y_pitch) const {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const IdentityPlace place = at(b);
-      if (place.u >= 0) gated(gate, g[b], i[b]).store(y + place.y);
+      if (place.exists()) gated(gate, g[b], i[b]).store(y + place.offset(y_pitch));
     }
   }
 };
@@ -75,14 +86,14 @@ struct IdentityBackward {
   P g[kBatch], i[kBatch], dy[kBatch];
 
   template <typename At>
-  __device__ __forceinline__ void load(At at, const T* u, const T* dy_row, int D) {
+  __device__ __forceinline__ void load(At at, const T* u, int u_pitch, const T* dy_row, int dy_pitch, int D) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const IdentityPlace place = at(b);
-      if (place.u < 0) continue;
-      g[b] = P::load(u + place.u);
-      i[b] = P::load(u + D + place.u);
-      dy[b] = P::load(dy_row + place.dy);
+      if (!place.exists()) continue;
+      g[b] = P::load(u + place.offset(u_pitch));
+      i[b] = P::load(u + D + place.offset(u_pitch));
+      dy[b] = P::load(dy_row + place.offset(dy_pitch));
     }
   }
   template <typename Gate, typename At>
@@ -90,11 +101,11 @@ struct IdentityBackward {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const IdentityPlace place = at(b);
-      if (place.u < 0) continue;
+      if (!place.exists()) continue;
       P dg{}, di{};
       gated_gradients(gate, g[b], i[b], dy[b], dg, di);
-      dg.store(du + place.y);
-      di.store(du + D + place.y);
+      dg.store(du + place.offset(2 * D));
+      di.store(du + D + place.offset(2 * D));
     }
   }
 };

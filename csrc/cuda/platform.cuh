@@ -103,6 +103,9 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 // Keeps the compiler from turning a branch that is rarely taken into selections that are always made.
 __device__ __forceinline__ void keep_branch() { asm volatile(""); }
 
+// Keeps the compiler from computing a value again where it is used.
+__device__ __forceinline__ void keep_in_register(unsigned& value) { asm volatile("" : "+r"(value)); }
+
 // Two fused multiply-adds; one instruction where the chip has it.
 __device__ __forceinline__ float2 fma_pair(float2 a, float2 b, float2 c) {
 #if __CUDA_ARCH__ >= 1000

@@ -128,6 +128,7 @@ inline float reciprocal_fast(float x) { return approximate(1.0 / static_cast<dou
 inline float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
 inline float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 inline void keep_branch() {}
+inline void keep_in_register(unsigned&) {}
 inline float2 fma_pair(float2 a, float2 b, float2 c) {
   return make_float2(std::fma(a.x, b.x, c.x), std::fma(a.y, b.y, c.y));
 }
