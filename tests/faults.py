@@ -475,7 +475,7 @@ _IDENTITY = [
     ("i[b] = P::load(u + D + place.offset(u_pitch));", "i[b] = P::load(u + D + place.offset(2 * D));"),
 ]
 FAULTS += [
-    FaultySource("csrc/cuda/identity_row.cuh", right, wrong, "tests/csrc/test_cuda_host.py -k 'layouts or devices'")
+    FaultySource("csrc/cuda/identity_row.cuh", right, wrong, "tests/csrc/test_cuda_host.py -k 'fp64 or layouts'")
     for right, wrong in _IDENTITY
 ]
 # The split backward: rows of e and x, images, indices beyond 32 bits, e in the place of s, the filter turned.
