@@ -49,10 +49,10 @@ def test_no_more_threads_than_cores(cores, clients):
 
 
 class Counting:
-    """A model that knows how many calls are in it, and waits until as many as `wanted` are."""
+    """A model that knows how many calls are in it; its first ones wait until as many as `wanted` are."""
 
     def __init__(self, wanted):
-        self.barrier = threading.Barrier(wanted)
+        self.wanted, self.there = wanted, threading.Event()
         self.lock = threading.Lock()
         self.inside = self.most = self.calls = 0
 
@@ -61,7 +61,9 @@ class Counting:
             self.inside += 1
             self.calls += 1
             self.most = max(self.most, self.inside)
-        self.barrier.wait(timeout=60)
+            if self.inside == self.wanted:
+                self.there.set()
+        assert self.there.wait(timeout=60)
         with self.lock:
             self.inside -= 1
 

@@ -1,6 +1,7 @@
 """Makes calls, one after the other, and looks at what they do. fuzzer.py starts it, in a process of its own."""
 
 import argparse
+import faulthandler
 import json
 import os
 import re
@@ -216,6 +217,7 @@ def described(value: Any) -> str:
 
 def main() -> None:
     """Writes to LOG which call it makes, and in the end what it found to LOG.json."""
+    faulthandler.enable()
     parser = argparse.ArgumentParser()
     for name, kind in (("log", str), ("seed", int), ("op", str), ("first", int), ("calls", int)):
         parser.add_argument(name, type=kind)

@@ -100,7 +100,7 @@ class Run:
         args, output, summary = self.args, log.with_name("output"), log.with_name("log.json")
         for path in (log, summary):
             path.unlink(missing_ok=True)
-        command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.checks", log, args.seed, args.op, first, count]
+        command = [sys.executable, "-m", "fuzz.checks", log, args.seed, args.op, first, count]
         with open(output, "wb") as to:
             child = subprocess.Popen(
                 list(map(str, command)), cwd=log.parent, env=environment, stdout=to, stderr=subprocess.STDOUT

@@ -8,6 +8,7 @@ from mambaout_kernels.backends import cpu
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_no_call_does_harm():
     run = fuzzer.Run(fuzzer.arguments(["--calls", "1200"]))
     print(run.table())
