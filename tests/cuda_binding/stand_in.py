@@ -38,7 +38,7 @@ def _build() -> Path:
         f"-isystem{host.cuda_headers()}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
     )  # fmt: skip
     sources = (host.KERNELS / "torch" / "gated_dwconv_cuda.cpp", HERE / "stand_in.cpp")
-    headers = (host.KERNELS / "cuda", host.KERNELS / "cpu")
+    headers = tuple(host.KERNELS / folder for folder in ("cpu", "cuda", "torch"))
     with ThreadPoolExecutor(max_workers=len(sources)) as pool:
         own = list(pool.map(lambda source: str(host.compiled((source,), flags, *headers)), sources))
     replaced = sorted(set(re.findall(r"__wrap_(\w+)", sources[1].read_text())))
