@@ -1,5 +1,6 @@
 """The one tolerance policy, and inputs for the op."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,6 +122,13 @@ def check_outputs(name: str, found, inputs: Inputs, act: str, expected=None) -> 
 def expected_of(inputs: Inputs, act: str) -> tuple[tuple[Tensor, ...], ...]:
     """(eager, exact, bounds), each of (y, du, dweight, dbias)."""
     return eager(inputs, act), exact(inputs, act), error_bounds.of_op(*inputs, inputs.dy, act)
+
+
+@functools.cache
+def case(shape: tuple[int, ...], dtype: torch.dtype, act: str, parameters: torch.dtype | None = None):
+    """(inputs, what is expected of them), for all tests of a process: nothing of it may be written to."""
+    inputs = make_inputs(*shape, dtype, parameters)
+    return inputs, expected_of(inputs, act)
 
 
 def check_backend(name: str, inputs: Inputs, act: str, expected=None) -> None:

@@ -146,8 +146,7 @@ __device__ __forceinline__ void gated_dwconv_bwd(const BackwardArgs<typename Tra
     next.advance(first, end);
   };
 
-  const IdentityShare share(identity / Share::kChannels, place.group, tiling.chunk_groups, min(tile_w, W - place.w0));
-  const auto identity_place = [&](int index) { return share.template place<Share::kChannels>(index); };
+  const IdentityShare<Share::kChannels> share(identity, place.group, tiling.chunk_groups, min(tile_w, W - place.w0));
   const int g_phase = Row::phase(args.u + identity + c0), c_phase = Row::phase(args.u + 2 * D - C + c0);
   const int strip_at = strip * kStrip * kPixel + lane;  // of the pixel R to the left of the strip
 
@@ -171,7 +170,7 @@ __device__ __forceinline__ void gated_dwconv_bwd(const BackwardArgs<typename Tra
     const T *const u_row = args.u + pixel * args.u_pitch, *const dy_row = args.dy + pixel * args.dy_pitch;
     T* const du_row = args.du + pixel * (2 * D);
     IdentityBackward<T, Traits::kAligned, Traits::kBatch> batch;
-    const auto own_place = [&](int b) { return identity_place(threadIdx.x + b * blockDim.x); };
+    const auto own_place = [&](int b) { return share.place(threadIdx.x + b * blockDim.x); };
     if (yields) batch.load(own_place, u_row, args.u_pitch, dy_row, args.dy_pitch, D);
 
     with_gate<T>(args.act, [&](auto gate) {
@@ -182,7 +181,7 @@ __device__ __forceinline__ void gated_dwconv_bwd(const BackwardArgs<typename Tra
       if (yields) {
         batch.finish(gate, own_place, du_row, D);
         for (int begin = Traits::kBatch * blockDim.x; begin < share.count(); begin += Traits::kBatch * blockDim.x) {
-          const auto further_place = [&](int b) { return identity_place(begin + threadIdx.x + b * blockDim.x); };
+          const auto further_place = [&](int b) { return share.place(begin + threadIdx.x + b * blockDim.x); };
           batch.load(further_place, u_row, args.u_pitch, dy_row, args.dy_pitch, D);
           batch.finish(gate, further_place, du_row, D);
         }

@@ -113,11 +113,11 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
     next.advance(first, end);
   };
 
-  const IdentityShare share(identity / Share::kChannels, place.group, tiling.chunk_groups, min(tile_w, W - place.w0));
+  const IdentityShare<Share::kChannels> share(identity, place.group, tiling.chunk_groups, min(tile_w, W - place.w0));
   IdentityPlace places[kBatch];  // the same in every row
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
-    places[b] = share.template place<Share::kChannels>(threadIdx.x + b * blockDim.x);
+    places[b] = share.place(threadIdx.x + b * blockDim.x);
     places[b].keep();
   }
   const auto own_place = [&](int b) { return places[b]; };
@@ -182,9 +182,7 @@ __device__ __forceinline__ void gated_dwconv_fwd(const ForwardArgs<typename Trai
         }
         batch.finish(gate, own_place, y_row, D);
         for (int begin = kBatch * blockDim.x; begin < share.count(); begin += kBatch * blockDim.x) {
-          const auto further_place = [&](int b) {
-            return share.template place<Share::kChannels>(begin + threadIdx.x + b * blockDim.x);
-          };
+          const auto further_place = [&](int b) { return share.place(begin + threadIdx.x + b * blockDim.x); };
           batch.load(further_place, u_row, args.u_pitch, D);
           batch.finish(gate, further_place, y_row, D);
         }

@@ -28,19 +28,19 @@ class IdentityPlace {
   unsigned bits_;
 };
 
-// The packets of the block, pixel by pixel, in the order of threads.
+// The packets of the block, of kChannels each, pixel by pixel, in the order of threads.
+template <int kChannels>
 class IdentityShare {
  public:
-  // `packets` per pixel in all, of which this is part `group` of `groups`, at `pixels` pixels.
-  __device__ __forceinline__ IdentityShare(int packets, int group, int groups, int pixels)
-      : first_(static_cast<std::int64_t>(packets) * group / groups),
-        packets_(static_cast<std::int64_t>(packets) * (group + 1) / groups - first_),
+  // Of `channels` per pixel in all this is part `group` of `groups`, at `pixels` pixels.
+  __device__ __forceinline__ IdentityShare(int channels, int group, int groups, int pixels)
+      : first_(static_cast<std::int64_t>(channels / kChannels) * group / groups),
+        packets_(static_cast<std::int64_t>(channels / kChannels) * (group + 1) / groups - first_),
         count_(pixels * packets_),
         reciprocal_(packets_ > 1 ? 0xffffffffu / packets_ + 1 : 0) {}
 
   __device__ __forceinline__ int count() const { return count_; }
   // index < 2^32 / packets
-  template <int kChannels>
   __device__ __forceinline__ IdentityPlace place(int index) const {
     if (index >= count_) return {};
     const int pixel = packets_ > 1 ? static_cast<int>(__umulhi(index, reciprocal_)) : index;

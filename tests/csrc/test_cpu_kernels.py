@@ -1,10 +1,8 @@
 """The compiled CPU kernels, on every instruction set that this processor has."""
 
-import functools
-
 import pytest
 import torch
-from numerics import Inputs, activation_bounds, activations_of, check_backend, eager, exact, expected_of, make_inputs
+from numerics import Inputs, activation_bounds, activations_of, case, check_backend, eager, exact, make_inputs
 
 from mambaout_kernels import backends
 from mambaout_kernels.backends import cpu
@@ -39,12 +37,6 @@ SHAPES = {
 
 def run(inputs: Inputs, act: str = "gelu"):
     return (cpu.gated_dwconv(*inputs, act), *cpu.gated_dwconv_backward(inputs.dy, *inputs, act))
-
-
-@functools.cache
-def case(shape, dtype, act):
-    inputs = make_inputs(*shape, dtype)
-    return inputs, expected_of(inputs, act)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,7 +25,7 @@ from generated import (
     op_cases,
 )
 from hypothesis import given
-from numerics import Inputs, assert_accurate, check_outputs, expected_of, make_inputs
+from numerics import Inputs, assert_accurate, case, check_outputs, expected_of, make_inputs
 from torch import nn
 
 from mambaout_kernels import backends, reference
@@ -96,14 +96,8 @@ def _programs_end_well():
 
 
 @functools.cache
-def dense_case(shape, dtype, act):
-    inputs = make_inputs(*shape, dtype)
-    return inputs, expected_of(inputs, act)
-
-
-@functools.cache
-def case(shape, dtype, act, layout):
-    dense, expected = dense_case(shape, dtype, act)
+def laid_out_case(shape, dtype, act, layout):
+    dense, expected = case(shape, dtype, act)
     inputs = Inputs(LAYOUTS[layout](dense.u), dense.weight, dense.bias, LAYOUTS[layout](dense.dy))
     if torch.equal(inputs.u, dense.u) and torch.equal(inputs.dy, dense.dy):
         return inputs, expected
@@ -114,7 +108,7 @@ def case(shape, dtype, act, layout):
 def test_op(kind, isa, shape):
     for i, (dtype, layout) in enumerate((d, y) for d in DTYPES for y in LAYOUTS):
         act = ACTIVATIONS[(DTYPES.index(dtype) + list(SHAPES).index(shape)) % len(ACTIVATIONS)]
-        inputs, expected = case(SHAPES[shape], dtype, act, layout)
+        inputs, expected = laid_out_case(SHAPES[shape], dtype, act, layout)
         found = program(kind).op(inputs, act, Where(isa, threads=1 + i % 4, at_begin=i % 2 == 1))
         check_outputs(isa, found, inputs, act, expected)
 

@@ -2,7 +2,6 @@
 which device, in which order; its results by the kernels of tests/cuda_host."""
 
 import ctypes
-import functools
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ import torch
 from cuda_binding import stand_in
 from cuda_host import host
 from generated import CHANNELS_APART, LAYOUTS, WEIGHT_LAYOUTS
-from numerics import Inputs, check_outputs, expected_of, make_inputs
+from numerics import Inputs, case, check_outputs, expected_of, make_inputs
 from processes import python
 
 from mambaout_kernels.backends import cuda
@@ -71,12 +70,6 @@ def run(card, inputs, act="gelu", device=3, current=1, streams=0x5000):
         check_calls(made[-1], device, streams)
     assert all(map(torch.equal, tensors, before))
     return (results[0], *results[1]), *made
-
-
-@functools.cache
-def case(shape, dtype, act, parameters=None):
-    inputs = make_inputs(*shape, dtype, parameters)
-    return inputs, expected_of(inputs, act)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

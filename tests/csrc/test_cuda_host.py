@@ -1,6 +1,5 @@
 """The CUDA C++ kernels, executed on the CPU (tests/cuda_host): numerics, memory and races, with planted faults."""
 
-import functools
 import shutil
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cuda_host import host
 from cuda_host.host import Device, Fault, Schedule
-from numerics import OUTPUTS, Inputs, activations_of, assert_accurate, eager, expected_of, make_inputs
+from numerics import OUTPUTS, Inputs, activations_of, assert_accurate, case, eager, make_inputs
 
 from mambaout_kernels.reference import ACTIVATIONS
 
@@ -41,14 +40,8 @@ FEW = Device(multiprocessors=1)
 MANY_IMAGES = (9, 4, 5, 24, 16, 7)
 
 
-@functools.cache
-def case(shape, dtype, act, weight_dtype=None):
-    inputs = make_inputs(*shape, dtype, weight_dtype)
-    return inputs, *expected_of(inputs, act)
-
-
 def check(program, shape, dtype, act="gelu", weight_dtype=None, **how):
-    inputs, *beside = case(shape, dtype, act, weight_dtype)
+    inputs, beside = case(shape, dtype, act, weight_dtype)
     results = host.run(program, inputs, act, **how)
     for output, ours, *three in zip(OUTPUTS, results, *beside, strict=True):
         try:
@@ -124,7 +117,7 @@ def test_zero_sizes_touch_nothing(shape):
 
 def check_the_last_images(check_name, shape, images_before, last_blocks, dtype, backward):
     """Of a tensor so large that its other images, zeros, exist as addresses only; overflow traps in "memory"."""
-    inputs, *beside = case(shape, dtype, "gelu")
+    inputs, beside = case(shape, dtype, "gelu")
     program = host.build(check_name, tuple(host.DTYPES) if check_name == "plain" else (dtype,))
     how = {"images_before": images_before, "last_blocks": last_blocks, "backward": backward}
     results = host.run(program, inputs, "gelu", **how)
@@ -234,7 +227,7 @@ def planted(tmp_path, file, right, wrong):
 
 
 def fault_of(kind, kernels, unit, shape, schedule=Schedule()):  # noqa: B008
-    inputs, *beside = case(shape, torch.float32, "gelu")
+    inputs, beside = case(shape, torch.float32, "gelu")
     program = host.build(kind, (torch.float32,), (unit,), kernels)
     beside = [each[0] for each in beside]
     with pytest.raises(AssertionError) as found:

@@ -1,13 +1,13 @@
 """The split backward of csrc/cuda, executed on the CPU (tests/cuda_host): numbers, memory, races, when it is taken."""
 
-import functools
 import itertools
 
+import numerics
 import pytest
 import torch
 from cuda_host import host
 from cuda_host.host import FUSED, SPLIT, Device, Fault, Schedule
-from numerics import OUTPUTS, Inputs, activations_of, assert_accurate, assert_alike, expected_of, make_inputs
+from numerics import OUTPUTS, Inputs, activations_of, assert_accurate, assert_alike, make_inputs
 
 from mambaout_kernels.audit import cuda as audit
 from mambaout_kernels.reference import ACTIVATIONS
@@ -44,10 +44,8 @@ STAGES = {
 }
 
 
-@functools.cache
 def case(shape, dtype, act, weight_dtype=None):
-    inputs = make_inputs(*shape, 7, dtype, weight_dtype)
-    return inputs, expected_of(inputs, act)
+    return numerics.case((*shape, 7), dtype, act, weight_dtype)
 
 
 def gradients(inputs, act="gelu", path=SPLIT, kind="plain", dtypes=tuple(DTYPES), **how):

@@ -57,7 +57,7 @@ class StandIn:
     """The library, once loaded: its ops, and what they called."""
 
     def __init__(self) -> None:
-        self._library = ctypes.PyDLL(str(_build()))
+        self._library = ctypes.PyDLL(str(_build()))  # with the GIL, as an import has it
         self._library.stand_in_register(NAMESPACE.encode())
         self._library.stand_in_begin.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64, ctypes.c_char_p]
         self._library.stand_in_put.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_int]
