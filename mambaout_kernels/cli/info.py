@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for title in ("versions", "backends", "cpu", "cuda", "build"):
         print(title)
         entries = content[title] or {"compiled module": "not there"}
+        entries = {key: value for key, value in entries.items() if value is not None}
         width = max(map(len, entries))
         for key, value in entries.items():
             print(f"  {key.ljust(width)}  {_shown(value)}")
