@@ -242,7 +242,7 @@ def test_a_subclass_of_a_linear_layer_is_called(everywhere, widths):
 
 
 @pytest.mark.parametrize("part", ["act", "conv"])
-def test_an_unfused_block_is_left_alone(part, everywhere, widths):
+def test_an_unfused_block_is_left_alone(part, everywhere, widths, products_of_pytorch):
     block = make_block(13)
     getattr(block, part).register_forward_hook(lambda module, inputs, output: 2 * output)
     block_module._warn_once.cache_clear()

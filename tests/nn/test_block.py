@@ -273,7 +273,7 @@ def test_activations_of_timm_are_known():
 
 
 @pytest.mark.parametrize("act_layer", [nn.ReLU, nn.PReLU, partial(nn.LeakyReLU, 0.2)])
-def test_other_acts_are_composed_with_one_warning(act_layer, op_calls, fresh_warnings):
+def test_other_acts_are_composed_with_one_warning(act_layer, op_calls, fresh_warnings, products_of_pytorch):
     with pytest.warns(RuntimeWarning, match=r"act .*ReLU is none of gelu, gelu_tanh, silu, identity") as caught:
         block = make_block(act_layer=act_layer)
         make_block(act_layer=act_layer)(make_x())
@@ -284,7 +284,7 @@ def test_other_acts_are_composed_with_one_warning(act_layer, op_calls, fresh_war
     assert "fused=False" in repr(block)
 
 
-def test_replaced_act_takes_effect(op_calls, fresh_warnings):
+def test_replaced_act_takes_effect(op_calls, fresh_warnings, products_of_pytorch):
     block = make_block()
     block.act = nn.SiLU()
     block(make_x())
@@ -322,7 +322,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_the_op_would_ignore_is_composed(change, op_calls, fresh_warnings):
+def test_what_the_op_would_ignore_is_composed(change, op_calls, fresh_warnings, products_of_pytorch):
     block = make_block()
     before = block(make_x())
     CHANGES[change](block)

@@ -12,7 +12,10 @@ from torch.overrides import TorchFunctionMode
 from mambaout_kernels import FusedGatedCNNBlock, create_model, optimize_for_inference
 from mambaout_kernels.nn.linear import linear
 
-pytestmark = pytest.mark.filterwarnings("ignore:FusedGatedCNNBlock runs as")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FusedGatedCNNBlock runs as"),
+    pytest.mark.usefixtures("products_of_pytorch"),
+]
 
 
 class DropPath(nn.Module):
