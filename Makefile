@@ -15,7 +15,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 CARDS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(CARDS),9.0+PTX)
 
-.PHONY: bench test test-fast nightly processors sanitize lint docs format abi gpu-acceptance clean
+.PHONY: bench test test-fast nightly processors amx sanitize lint docs format abi gpu-acceptance clean
 
 bench: $(READY)
 	$(RUN) -m mambaout_kernels bench main --out $(BENCH_OUT)
@@ -41,6 +41,19 @@ processors: $(READY)
 	@set -e; for isa in "default SSE41 SSE4_2" "avx2 AVX2 AVX2" "avx512 AVX512_CORE AVX512"; do set -- $$isa; \
 	  echo "eager on $$1"; \
 	  ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 $(RUN) -m pytest -q $(NUMERICS) -k "not inductor"; done
+
+# The tests of what computes as a processor with AMX runs them, on any: a copy of the tree whose module has the unit of AMX,
+# its tile instructions in C++, beside portable C++.
+AMX_TREE := build/amx/tree
+amx: $(READY)
+	rm -rf $(AMX_TREE) && mkdir -p $(AMX_TREE) && git ls-files -z | xargs -0 cp --parents -t $(AMX_TREE)
+	$(VENV)/bin/cmake -S $(AMX_TREE) -B build/amx/module -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DMAMBAOUT_EMULATED_AMX=ON -DMAMBAOUT_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(RUN)) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
+	$(VENV)/bin/cmake --build build/amx/module --target _C
+	$(VENV)/bin/cmake --install build/amx/module --prefix $(AMX_TREE)/mambaout_kernels --component cpu
+	cd $(AMX_TREE) && PYTHONPATH=$$PWD $(abspath $(RUN)) -m pytest -q $(PARALLEL) \
+	  $(addprefix tests/,nn ops models inference benchmarking csrc/test_amx.py)
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: tests/cpu_launch. Then the ops
 # under the first two, in 200,000 calls with valid, unusual and wrong arguments: tests/fuzz, half an hour.
