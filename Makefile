@@ -42,12 +42,12 @@ processors: $(READY)
 	  echo "eager on $$1"; \
 	  ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 $(RUN) -m pytest -q $(NUMERICS) -k "not inductor"; done
 
-# The tests of what computes as a processor with AMX runs them, on any: a copy of the tree whose module has the unit of AMX,
-# its tile instructions in C++, beside portable C++.
+# The tests of ops, modules and models with AMX in use, on any processor: in a copy of the tree, whose module has the unit
+# of AMX, its tile instructions in C++, beside portable C++.
 AMX_TREE := build/amx/tree
 amx: $(READY)
 	rm -rf $(AMX_TREE) && mkdir -p $(AMX_TREE) && git ls-files -z | xargs -0 cp --parents -t $(AMX_TREE)
-	$(VENV)/bin/cmake -S $(AMX_TREE) -B build/amx/module -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	$(VENV)/bin/cmake -S $(AMX_TREE) -B build/amx/module -G Ninja \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DMAMBAOUT_EMULATED_AMX=ON -DMAMBAOUT_CUDA=OFF \
 	  -DPython_EXECUTABLE=$(abspath $(RUN)) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
 	$(VENV)/bin/cmake --build build/amx/module --target _C

@@ -196,6 +196,10 @@ def test_copies_compute_the_same_and_are_independent(kind_of_model, way):
         twin.train()
 
 
+def runs_here(fast):
+    return all(blocks_op.runs(m.packed) for m in fast.modules() if isinstance(m, PackedBlocks))
+
+
 @pytest.mark.skipif(len(ISAS) < 2, reason="one instruction set here")
 def test_a_pickle_is_packed_again_for_another_instruction_set(kind_of_model):
     fast, before, refused_by = kind_of_model, cpu.instruction_set(), []
@@ -204,17 +208,17 @@ def test_a_pickle_is_packed_again_for_another_instruction_set(kind_of_model):
         for isa in ISAS:
             cpu.module.set_cpu_capability(isa)
             twin = pickle.loads(pickled)
-            assert all(blocks_op.runs(m.packed) for m in twin.modules() if isinstance(m, PackedBlocks))
+            assert runs_here(twin)
             again = twin(images())
             # other orders of sums; a low dtype rounds each map
             share = 3e-2 if fast.dtype == torch.bfloat16 else 1e-5
             assert (again - expected).abs().max() <= share * expected.abs().max()
-            if all(blocks_op.runs(m.packed) for m in fast.modules() if isinstance(m, PackedBlocks)):
+            if runs_here(fast):
                 assert torch.equal(fast(images()), again)
-                continue
-            refused_by.append(isa)
-            with pytest.raises(RuntimeError, match=r"packed (is for another instruction set|must be packed again)"):
-                fast(images())
+            else:
+                refused_by.append(isa)
+                with pytest.raises(RuntimeError, match=r"packed (is for another instruction set|must be packed again)"):
+                    fast(images())
     finally:
         cpu.module.set_cpu_capability(before)
     assert before not in refused_by  # avx512 and avx512_bf16 have fp32 in the same layout; portable has its own

@@ -12,10 +12,7 @@ from torch.overrides import TorchFunctionMode
 from mambaout_kernels import FusedGatedCNNBlock, create_model, optimize_for_inference
 from mambaout_kernels.nn.linear import linear
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:FusedGatedCNNBlock runs as"),
-    pytest.mark.usefixtures("products_of_pytorch"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:FusedGatedCNNBlock runs as")
 
 
 class DropPath(nn.Module):
@@ -75,7 +72,7 @@ def check(block, x, parts=1):
     [{"drop_path": DropPath()}, {"ls": LayerScale(8)}, {"act": SiLU()}, {"act": GELU()}],
     ids=lambda part: type(next(iter(part.values()))).__name__,
 )
-def test_a_class_is_not_known_by_its_name(part):
+def test_a_class_is_not_known_by_its_name(part, products_of_pytorch):
     check(*make_block(**part))
 
 
@@ -99,7 +96,7 @@ def doubled(forward):
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["another function", "a decorated one"])
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.GELU, nn.Conv2d, nn.Identity])
-def test_a_forward_that_was_replaced_on_the_class_is_called(monkeypatch, kind, wrapped):
+def test_a_forward_that_was_replaced_on_the_class_is_called(monkeypatch, kind, wrapped, products_of_pytorch):
     block, x = make_block(drop_path=nn.Identity())
     before = block(x)
     forward = kind.forward
@@ -120,7 +117,7 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "other"), [(nn.Linear, Linear), (nn.GELU, nn.Softsign)], ids=["by name", "by module"])
-def test_a_forward_of_another_class_is_called(monkeypatch, kind, other):
+def test_a_forward_of_another_class_is_called(monkeypatch, kind, other, products_of_pytorch):
     block, x = make_block()
     before = block(x)
     monkeypatch.setattr(kind, "forward", other.forward)
@@ -311,7 +308,7 @@ def test_without_biases_a_block_is_fused():
         torch.testing.assert_close(inference(x), called(block, x), rtol=1e-4, atol=1e-4)
 
 
-def test_timms_fast_norm_is_called(monkeypatch):
+def test_timms_fast_norm_is_called(monkeypatch, products_of_pytorch):
     norm = pytest.importorskip("timm.layers.norm")
     block, x = make_block()
     block.norm = norm.LayerNorm(8)
@@ -340,7 +337,7 @@ def test_a_conv_whose_map_has_another_size_is_an_error(change):
             call()
 
 
-def test_a_conv_without_bias_is_composed():
+def test_a_conv_without_bias_is_composed(products_of_pytorch):
     block, x = make_block()
     block.conv = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
     check(block, x)
@@ -350,7 +347,7 @@ def test_without_conv_channels_a_block_is_fused():
     assert FusedGatedCNNBlock(8, conv_ratio=0).unfused_reason() is None
 
 
-def test_a_filter_that_is_too_large_for_the_op_is_composed():
+def test_a_filter_that_is_too_large_for_the_op_is_composed(products_of_pytorch):
     block, x = make_block()
     block.conv = nn.Conv2d(8, 8, 33, padding=16, groups=8)
     check(block, x)
