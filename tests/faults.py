@@ -11,11 +11,19 @@ class FaultySource:
     right: str
     wrong: str
     test: str
-    isas: str = "portable"  # units that are compiled: "all"; "amx", portable C++ and emulated tiles
+    isas: str = "portable"  # "all"; "amx": portable C++ and emulated tiles; or the one that a processor has to have
 
     @property
     def compiled(self) -> bool:
         return self.file.startswith("csrc/")
+
+    @property
+    def units(self) -> str:
+        """What is compiled: "portable", "amx" or "all"."""
+        return self.isas if self.isas in ("portable", "amx") else "all"
+
+    def can_be_seen(self, supported: list[str]) -> bool:
+        return self.isas in ("portable", "amx", "all", *supported)
 
 
 _BLOCK = "mambaout_kernels/backends/triton_kernels/block.py"
@@ -289,9 +297,40 @@ FAULTS = [
                  "tests/csrc/test_cpu_kernels.py -k nearest_even"),
     FaultySource("csrc/cpu/simd/vec_avx2.h", "_mm256_set1_epi32(0x7fff)), odd)",
                  "_mm256_set1_epi32(0x8000)), _mm256_setzero_si256())",
-                 "tests/csrc/test_cpu_kernels.py -k nearest_even", "all"),
+                 "tests/csrc/test_cpu_kernels.py -k nearest_even", "avx2"),
     FaultySource("csrc/cpu/simd/vec_avx2.h", "_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)",
-                 "_mm256_cvtps_ph(a.v, _MM_FROUND_TO_ZERO)", "tests/csrc/test_cpu_kernels.py -k nearest_even", "all"),
+                 "_mm256_cvtps_ph(a.v, _MM_FROUND_TO_ZERO)", "tests/csrc/test_cpu_kernels.py -k nearest_even", "avx2"),
+    FaultySource("csrc/cpu/simd/vec_avx2.h", "_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan)",
+                 "rounded", "tests/csrc/test_cpu_kernels.py -k nan_of_any_bits", "avx2"),
+    FaultySource("csrc/cpu/simd/convert.h", "x != x ? 0x7fc0 : ", "",
+                 "tests/csrc/test_cpu_kernels.py -k nan_of_any_bits"),
+    # AVX-512: masks, rounding, words in their places.
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "(1u << n) - 1u", "(2u << n) - 1u",
+                 "tests/csrc/test_cpu_launch.py -k 'test_op and plain'", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "_mm256_mask_storeu_epi16(p, first_lanes(n), narrow",
+                 "_mm256_mask_storeu_epi16(p, 0xffff, narrow",
+                 "tests/csrc/test_cpu_launch.py -k 'test_op and plain'", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "_mm256_maskz_loadu_epi16(first_lanes(n), p)",
+                 "_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))",
+                 "tests/csrc/test_cpu_launch.py -k 'test_op and plain'", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "_mm512_set1_epi32(0x10000)", "_mm512_set1_epi32(0x8000)",
+                 "tests/csrc/test_cpu_kernels.py -k nearest_even", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h",
+                 "_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q),",
+                 "_mm512_mask_mov_epi32(rounded, 0,",
+                 "tests/csrc/test_cpu_kernels.py -k nan_of_any_bits", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)",
+                 "_mm512_cvtps_ph(a.v, _MM_FROUND_TO_ZERO)",
+                 "tests/csrc/test_cpu_kernels.py -k nearest_even", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "_mm512_maskz_permutexvar_epi16(0xaaaaaaaau,",
+                 "_mm512_maskz_permutexvar_epi16(0xffffffffu,",
+                 "tests/csrc/test_cpu_kernels.py -k nearest_even", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "_mm512_add_epi32(n.index, _mm512_set1_epi32(127))",
+                 "_mm512_add_epi32(n.index, _mm512_set1_epi32(126))",
+                 "tests/csrc/test_cpu_kernels.py -k magnitudes", "avx512"),
+    FaultySource("csrc/cpu/simd/vec_avx512.h", "_mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88)",
+                 "_mm512_shuffle_i32x4(a[i + 12], a[i + 8], 0x88)",
+                 "tests/ops/test_linear.py", "avx512"),
     FaultySource("csrc/cpu/layer_norm.h", "- mean - off) * scale, load", "- mean) * scale, load",
                  "tests/csrc/test_cpu_launch.py -k alike"),
     FaultySource("csrc/cpu/gated_cnn_block/body.h", "rows.kh1 = static_cast<int>(h + R_ < call_.H ?",
@@ -330,9 +369,9 @@ FAULTS = [
     FaultySource("csrc/cpu/gemm/fp32_gemm.h", "kSumDepth = 128", "kSumDepth = 4096",
                  "tests/inference/test_packed_ops.py -k 'deep and float32'"),
     FaultySource("csrc/cpu/gemm/bf16_gemm.h", "k < depth; k += 2", "k + 2 < depth; k += 2",
-                 "tests/test_generated.py -k whole_block", "all"),
+                 "tests/test_generated.py -k whole_block", "avx512_bf16"),
     FaultySource("csrc/cpu/gemm/bf16_gemm.h", "kAdd ? _mm512_add_ps(_mm512_loadu_ps(to + 16), right[r]) : right[r]",
-                 "right[r]", "tests/csrc/test_cpu_launch.py -k 'test_downsampling and plain'", "all"),
+                 "right[r]", "tests/csrc/test_cpu_launch.py -k 'test_downsampling and plain'", "avx512_bf16"),
     FaultySource("csrc/cpu/gemm/packing.h",
                  "(k % step / 2 * columns + j) * 2 + k % 2", "(k % step / 2 * columns + j) * 2 + 1 - k % 2",
                  "tests/inference/test_packed_ops.py -k 'amx and block'", "amx"),
@@ -367,10 +406,10 @@ FAULTS = [
                  "tests/csrc/test_cpu_launch.py -k 'test_downsampling and plain'"),
     FaultySource("csrc/cpu/gated_dwconv/bf16_pairs.h",
                  "has_right = w + 1 < geometry.halo1;", "has_right = w < geometry.halo1;",
-                 "tests/csrc/test_cpu_launch.py -k 'test_op and plain'", "all"),
+                 "tests/csrc/test_cpu_launch.py -k 'test_op and plain'", "avx512_bf16"),
     FaultySource("csrc/cpu/gated_dwconv/bf16_pairs.h",
                  "lower = kOutputs == 2 && row > h - geometry.R;", "lower = kOutputs == 2;",
-                 "tests/csrc/test_cpu_launch.py -k 'test_op and plain'", "all"),
+                 "tests/csrc/test_cpu_launch.py -k 'test_op and plain'", "avx512_bf16"),
     # What a sanitizer sees: the end of the scratch memory, and threads that share it.
     FaultySource("csrc/cpu/gated_cnn_block/dispatch.cpp", "num_threads * bytes.scratch + kLine;",
                  "num_threads * bytes.scratch + 16;",

@@ -3,8 +3,9 @@
     python tests/plant_faults.py [--only TEXT] [--part 1/3] [--copy FOLDER] [--python-only]
 
 A test counts only if it passes on the sound copy. The compiled module is that of the CPU kernels, without CUDA, at -O1,
-and of portable C++ alone where the fault is in it, too; after a fault only what depends on it is compiled again. Prints
-a table; exit status 1 if a fault went unseen.
+and of portable C++ alone where the fault is in it, too; after a fault only what depends on it is compiled again. What
+needs an instruction set that this processor does not have is left out, and named. Prints a table; exit status 1 if a
+fault went unseen.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from functools import cache
 from pathlib import Path
 
 from faults import FAULTS, FaultySource
+
+from mambaout_kernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "*_cache", "__pycache__", ".hypothesis", "*.so", "results")
@@ -50,23 +53,23 @@ class Copy:
         environment = {**self._environment, **environment}
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
 
-    def compile(self, isas: str, with_fault: str = "") -> str:
+    def compile(self, units: str, with_fault: str = "") -> str:
         """ "", or what the compiler says."""
-        if (isas, with_fault) == self._compiled_with:
+        if (units, with_fault) == self._compiled_with:
             return ""
         import pybind11
 
         configure = ["-S", ".", "-B", self._build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
                      f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DMAMBAOUT_CUDA=OFF",
-                     f"-DMAMBAOUT_PORTABLE={'ON' if isas == 'portable' else 'OFF'}",
-                     f"-DMAMBAOUT_EMULATED_AMX={'ON' if isas == 'amx' else 'OFF'}",
+                     f"-DMAMBAOUT_PORTABLE={'ON' if units == 'portable' else 'OFF'}",
+                     f"-DMAMBAOUT_EMULATED_AMX={'ON' if units == 'amx' else 'OFF'}",
                      "-DCMAKE_BUILD_TYPE=Faults", "-DCMAKE_CXX_FLAGS_FAULTS=-O1"]  # fmt: skip
         install = ["--install", self._build, "--prefix", "mambaout_kernels", "--component", "cpu"]
         for arguments in (configure, ["--build", self._build, "--target", "_C"], install):
             done = self._run("cmake", *arguments)
             if done.returncode != 0:
                 return done.stdout + done.stderr
-        self._compiled_with = (isas, with_fault)
+        self._compiled_with = (units, with_fault)
         return ""
 
     def test(self, selected: str) -> tuple[int, str]:
@@ -78,9 +81,9 @@ class Copy:
         return done.returncode, failed[1] if failed else done.stdout[-300:]
 
     @cache  # noqa: B019 (there is one copy)
-    def sound(self, selected: str, isas: str) -> str:
+    def sound(self, selected: str, units: str) -> str:
         """ "", or why the tests tell nothing: they have to pass without a fault."""
-        if said := self.compile(isas):
+        if said := self.compile(units):
             return f"without a fault it does not compile: {said[-2000:]}"
         code, failed = self.test(selected)
         return "" if code == 0 else f"without a fault: exit status {code}, {failed}"
@@ -91,13 +94,13 @@ class Copy:
         text = path.read_text()
         if fault.right not in text:
             return False, f"the source no longer has {fault.right!r}"
-        if unsound := self.sound(fault.test, fault.isas):
+        if unsound := self.sound(fault.test, fault.units):
             return False, unsound
-        if not fault.compiled and (said := self.compile(fault.isas)):
+        if not fault.compiled and (said := self.compile(fault.units)):
             return False, said
         path.write_text(text.replace(fault.right, fault.wrong, 1))
         try:
-            if fault.compiled and (said := self.compile(fault.isas, str(fault))):
+            if fault.compiled and (said := self.compile(fault.units, str(fault))):
                 return False, f"does not compile: {said[-2000:]}"
             code, failed = self.test(fault.test)
         finally:
@@ -110,7 +113,7 @@ class Copy:
 def selected_faults(args: argparse.Namespace) -> list[FaultySource]:
     part, parts = map(int, args.part.split("/"))
     wanted = [f for f in FAULTS if args.only in str(f) and not (args.python_only and f.compiled)]
-    wanted.sort(key=lambda f: (f.compiled, f.isas))
+    wanted.sort(key=lambda f: (f.compiled, f.units))
     return [f for i, f in enumerate(wanted) if i * parts // len(wanted) == part - 1]
 
 
@@ -123,21 +126,25 @@ def main() -> int:
     )
     parser.add_argument("--python-only", action="store_true", help="leave out what has to be compiled")
     args = parser.parse_args()
-    faults = selected_faults(args)
-    caught = 0
+    supported = [] if cpu.module is None else cpu.module.supported_cpu_capabilities()
+    every, caught = selected_faults(args), 0
+    faults = [fault for fault in every if fault.can_be_seen(supported)]
+    for fault in every:
+        if fault not in faults:
+            print(f"left out: {fault.file}: {fault.wrong.strip()[:70]!r} needs {fault.isas}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy((args.copy or Path(folder) / "copy").resolve())
-        for _, group in itertools.groupby(faults, lambda fault: (fault.compiled, fault.isas)):
+        for _, group in itertools.groupby(faults, lambda fault: (fault.compiled, fault.units)):
             together = list(group)
             for fault in together:
-                copy.sound(fault.test, fault.isas)  # of all first: then nothing is compiled for it between the faults
+                copy.sound(fault.test, fault.units)  # of all first: then nothing is compiled for it between the faults
             for fault in together:
                 begin = time.monotonic()
                 seen, by = copy.plant(fault)
                 caught += seen
                 what = f"{fault.file}: {fault.wrong.strip()[:70]!r}"
                 print(f"{'caught' if seen else 'FAILED'} ({time.monotonic() - begin:.0f} s) {what}: {by}", flush=True)
-    print(f"{caught} of {len(faults)} faults were caught")
+    print(f"{caught} of {len(faults)} faults were caught, {len(every) - len(faults)} left out")
     return 0 if caught == len(faults) else 1
 
 

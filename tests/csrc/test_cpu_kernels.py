@@ -85,6 +85,19 @@ def test_results_are_rounded_to_nearest_even(isa, dtype):
         assert torch.equal(actual, rounded), name
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1], ids=hex)
+def test_a_nan_of_any_bits_is_rounded_to_nan(isa, bits, dtype):
+    """Rounded as a number, float32's largest NaN would be minus zero."""
+    D, C = 88, 43
+    inputs = make_inputs(1, 1, 1, D, C, 1, dtype, torch.float32)
+    inputs.bias.copy_(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    y, du, *_ = run(inputs, "identity")
+    convolved = torch.arange(D) >= D - C
+    assert torch.equal(y.flatten().isnan(), convolved)
+    assert torch.equal(du.flatten()[:D].isnan(), convolved)
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 4, 4, 8, 4, 7), (2, 0, 4, 8, 4, 7), (2, 4, 0, 8, 4, 7), (1, 4, 4, 0, 0, 7)], ids=str
 )
