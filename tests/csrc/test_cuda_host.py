@@ -133,8 +133,8 @@ def check_the_last_images(check_name, shape, images_before, last_blocks, dtype, 
 def test_beyond_2_to_the_31_elements(K, dtype):
     H, W, D = 3, 5, 16384
     images = 2**31 // (H * W * D) + 1
-    # All channels of the last images: 64 blocks with filters of their own, else one for each 256 values.
-    blocks = 64 if K == 7 else 2 * H * -(-W * D // 256)
+    # All channels of the last images: a block for each KiB of a pixel's identity channels, or for each 256 values.
+    blocks = 2 * D * dtype.itemsize // 1024 if K == 7 else 2 * H * -(-W * D // 256)
     check_the_last_images("memory", (2, H, W, D, 16, K), images, blocks, dtype, backward=False)
     if K == 7:
         check_the_last_images("plain", (2, H, W, D, 16, K), images, blocks, dtype, backward=True)
