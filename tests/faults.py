@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_UNITS = ("portable", "amx", "all")
+
 
 @dataclass(frozen=True)
 class FaultySource:
@@ -20,10 +22,15 @@ class FaultySource:
     @property
     def units(self) -> str:
         """What is compiled: "portable", "amx" or "all"."""
-        return self.isas if self.isas in ("portable", "amx") else "all"
+        return self.isas if self.isas in _UNITS else "all"
 
     def can_be_seen(self, supported: list[str]) -> bool:
-        return self.isas in ("portable", "amx", "all", *supported)
+        return self.isas in (*_UNITS, *supported)
+
+    @property
+    def place(self) -> str:
+        """For a line of the table."""
+        return f"{self.file}: {self.wrong.strip()[:70]!r}"
 
 
 _BLOCK = "mambaout_kernels/backends/triton_kernels/block.py"

@@ -130,8 +130,8 @@ def main() -> int:
     every, caught = selected_faults(args), 0
     faults = [fault for fault in every if fault.can_be_seen(supported)]
     for fault in every:
-        if fault not in faults:
-            print(f"left out: {fault.file}: {fault.wrong.strip()[:70]!r} needs {fault.isas}")
+        if not fault.can_be_seen(supported):
+            print(f"left out: {fault.place} needs {fault.isas}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy((args.copy or Path(folder) / "copy").resolve())
         for _, group in itertools.groupby(faults, lambda fault: (fault.compiled, fault.units)):
@@ -142,8 +142,8 @@ def main() -> int:
                 begin = time.monotonic()
                 seen, by = copy.plant(fault)
                 caught += seen
-                what = f"{fault.file}: {fault.wrong.strip()[:70]!r}"
-                print(f"{'caught' if seen else 'FAILED'} ({time.monotonic() - begin:.0f} s) {what}: {by}", flush=True)
+                outcome = "caught" if seen else "FAILED"
+                print(f"{outcome} ({time.monotonic() - begin:.0f} s) {fault.place}: {by}", flush=True)
     print(f"{caught} of {len(faults)} faults were caught, {len(every) - len(faults)} left out")
     return 0 if caught == len(faults) else 1
 
